@@ -1,0 +1,63 @@
+"""Picks the core: the compiled one where it is there, else its twin in plain Python.
+
+`UNSYNC_NO_EXTENSIONS`, if it is set and not empty, selects the fallback, as PyPy does by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import TYPE_CHECKING
+
+__all__ = [
+    "ACCELERATED",
+    "BIND_CLASS",
+    "BIND_INSTANCE",
+    "BIND_NOTHING",
+    "JobQueue",
+    "Launcher",
+    "Mailbox",
+    "Route",
+    "Unfuture",
+    "after_fork",
+    "set_home",
+]
+
+ACCELERATED: bool
+"""Whether the compiled core is in use."""
+
+
+def _wants_fallback() -> bool:
+    return (
+        bool(os.environ.get("UNSYNC_NO_EXTENSIONS"))
+        or platform.python_implementation() != "CPython"
+    )
+
+
+if TYPE_CHECKING or _wants_fallback():
+    from unsync import _core_py as _core
+
+    ACCELERATED = False
+else:
+    try:
+        import unsync._core as _core
+
+        ACCELERATED = True
+    except ModuleNotFoundError as exc:
+        # Only "it was not built" is quiet; one that is there and does not load is a fault to see.
+        if exc.name != "unsync._core":
+            raise
+        from unsync import _core_py as _core
+
+        ACCELERATED = False
+
+BIND_CLASS = _core.BIND_CLASS
+BIND_INSTANCE = _core.BIND_INSTANCE
+BIND_NOTHING = _core.BIND_NOTHING
+JobQueue = _core.JobQueue
+Launcher = _core.Launcher
+Mailbox = _core.Mailbox
+Route = _core.Route
+Unfuture = _core.Unfuture
+after_fork = _core.after_fork
+set_home = _core.set_home

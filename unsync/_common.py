@@ -1,0 +1,370 @@
+"""What both cores share: states, errors, wording, and the paths that need no speed.
+
+Nothing here knows the decorator or the executors; the cores know nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import concurrent.futures
+import inspect
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unsync._core_py import Unfuture
+
+logger = logging.getLogger("unsync")
+
+running_loop = asyncio._get_running_loop
+
+# Set by the exit handlers, before they break what still runs.
+exiting = False
+
+# The life of an Unfuture. Everything from CANCELLED on is final for those who wait.
+PENDING, RUNNING, CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, FAILED = range(6)
+
+# The names that concurrent.futures.wait() and as_completed() look for in `_state`.
+STATE_NAMES = (
+    "PENDING",
+    "RUNNING",
+    "CANCELLED",
+    "CANCELLED_AND_NOTIFIED",
+    "FINISHED",
+    "FINISHED",
+)
+
+
+class InvalidStateError(asyncio.InvalidStateError, concurrent.futures.InvalidStateError):
+    """The operation does not fit the Unfuture's state: asyncio's and concurrent.futures' error."""
+
+
+class CancelledError(concurrent.futures.CancelledError, asyncio.CancelledError):
+    """What a cancelled Unfuture raises to a thread: asyncio's and concurrent.futures' error."""
+
+
+if sys.version_info >= (3, 11):
+    TimedOutError = builtins.TimeoutError
+else:
+
+    class TimedOutError(
+        concurrent.futures.TimeoutError, asyncio.TimeoutError, builtins.TimeoutError
+    ):
+        """Python 3.11 made these three one; before, this one satisfies whoever catches any."""
+
+
+def already_done_error(unfuture: Unfuture[Any]) -> InvalidStateError:
+    return InvalidStateError(f"this Unfuture already has its outcome: {unfuture!r}")
+
+
+def would_deadlock_error(unfuture: Unfuture[Any]) -> InvalidStateError:
+    return InvalidStateError(
+        f"{unfuture!r} is not done, and waiting for it in unsync.thread would block the ambient "
+        "event loop for ever; use 'await' instead"
+    )
+
+
+def orphan_error() -> RuntimeError:
+    return RuntimeError(
+        f"the work behind this Unfuture belongs to the process that forked this one "
+        f"(pid {os.getpid()}) and will never finish here; call the function again"
+    )
+
+
+def cancelled_error(message: object, in_loop: bool) -> asyncio.CancelledError:
+    """The error for whoever looks at a cancelled Unfuture.
+
+    In a running loop it is asyncio's own, so that `except Exception` in a coroutine never
+    swallows a cancellation; in a plain thread it satisfies both worlds.
+    """
+    kind = asyncio.CancelledError if in_loop else CancelledError
+    return kind() if message is None else kind(message)
+
+
+def awaited_exception(exc: BaseException) -> BaseException:
+    """The form of `exc` that can be raised by `await` (a StopIteration would end it quietly)."""
+    if isinstance(exc, StopIteration):
+        wrapped = RuntimeError("StopIteration cannot be raised out of an await")
+        wrapped.__cause__ = exc
+        return wrapped
+    return exc
+
+
+def check_exception(exception: object) -> BaseException:
+    """An instance for `set_exception`.
+
+    :raises TypeError: if it is neither an exception nor an exception class.
+    """
+    if isinstance(exception, type) and issubclass(exception, BaseException):
+        return exception()
+    if isinstance(exception, BaseException):
+        return exception
+    raise TypeError(f"set_exception() takes an exception or an exception class, not {exception!r}")
+
+
+def check_callable(what: str, function: object) -> None:
+    if not callable(function):
+        raise TypeError(f"{what} must be callable, not {function!r}")
+
+
+def is_coroutine(value: object) -> bool:
+    return isinstance(value, Coroutine)
+
+
+def is_awaitable(value: object) -> bool:
+    if isinstance(value, GeneratorType):
+        return inspect.isawaitable(value)
+    return hasattr(type(value), "__await__")
+
+
+async def wait_for_awaitable(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def close_unstarted(coroutine: object) -> None:
+    """Ends a coroutine that will not run, so that nobody is told it was never awaited."""
+    close = getattr(coroutine, "close", None)
+    if close is None:
+        return  # a function that was said to be a coroutine function, and is none
+    try:
+        close()
+    except BaseException:
+        logger.exception("closing %r failed", coroutine)
+
+
+def outcome_of_asyncio(future: asyncio.Future[Any]) -> tuple[int, Any]:
+    """(status, outcome) of a done asyncio future; its failure counts as seen from here on."""
+    if future.cancelled():
+        try:
+            future.result()
+        except asyncio.CancelledError as cancelled:
+            return CANCELLED, cancelled.args[0] if cancelled.args else None
+    exc = future.exception()
+    if exc is not None:
+        return FAILED, exc
+    return FINISHED, future.result()
+
+
+def describe(unfuture: Unfuture[Any], status: int, outcome: Any, label: str, source: object) -> str:
+    """The text of `repr(unfuture)`: state, outcome, and what is behind it, called `label`."""
+    text = STATE_NAMES[status].lower().replace("_and_notified", "")
+    if status == FINISHED:
+        text += f" result={_short_repr(outcome)}"
+    elif status == FAILED:
+        text += f" exception={_short_repr(outcome)}"
+    elif source is not None:
+        text += f" {label}={_short_repr(source)}"
+    return f"<{type(unfuture).__name__} {text}>"
+
+
+def _short_repr(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception as exc:
+        text = f"<unprintable {type(value).__name__}: {type(exc).__name__}>"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def report_unseen_failure(
+    unfuture: Unfuture[Any], exc: BaseException, loop: asyncio.AbstractEventLoop | None
+) -> None:
+    """Reports a failure that nobody looked at, as asyncio does when such a future dies.
+
+    The ambient loop's exception handler hears of it in the loop's own thread; without a usable
+    loop the same words go to the log. What broke only because the interpreter exits is no news.
+    """
+    if exiting and isinstance(
+        exc, (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError)
+    ):
+        return
+    context: dict[str, Any] = {
+        "message": f"{type(unfuture).__name__} exception was never retrieved",
+        "exception": exc,
+        "future": unfuture,
+    }
+    if loop is not None and not sys.is_finalizing():
+        try:
+            if running_loop() is loop:
+                loop.call_exception_handler(context)
+            else:
+                loop.call_soon_threadsafe(loop.call_exception_handler, context)
+        except RuntimeError:
+            pass  # the loop was closed: the log is left
+        else:
+            return
+    logger.error("%s\nfuture: %r", context["message"], unfuture, exc_info=exc)
+
+
+def rebuild(cls: type[Unfuture[Any]] | None, status: int, outcome: Any) -> Unfuture[Any]:
+    """What a pickled Unfuture names: makes the same finished one, on whichever core is in use."""
+    from unsync import Unfuture
+
+    unfuture = (cls or Unfuture).__new__(cls or Unfuture)
+    unfuture._complete(status, outcome)
+    return unfuture
+
+
+class Waiters:
+    """What concurrent.futures.wait() and as_completed() ask of a future; made only when asked for.
+
+    `condition` guards `waiters` and, from then on, the change of the Unfuture's state.
+    """
+
+    __slots__ = ("condition", "waiters")
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.waiters: list[Any] = []
+
+    def tell(self, unfuture: Unfuture[Any], status: int) -> None:
+        """Tells everybody who waits; the caller holds `condition`."""
+        for waiter in self.waiters:
+            if status == FINISHED:
+                waiter.add_result(unfuture)
+            elif status == FAILED:
+                waiter.add_exception(unfuture)
+            else:
+                waiter.add_cancelled(unfuture)
+        self.condition.notify_all()
+
+
+class Mirror:
+    """Keeps an Unfuture and the future of another kind that it wraps alike, both ways."""
+
+    __slots__ = ()
+
+    def attach(self) -> None:
+        """Begins to mirror.
+
+        :raises RuntimeError: if the future is pending and its loop is closed.
+        """
+        raise NotImplementedError
+
+    def cancel(self, message: object) -> bool:
+        """Asks the wrapped future to cancel; False if it cannot any more."""
+        raise NotImplementedError
+
+    def running(self) -> bool:
+        raise NotImplementedError
+
+    def push(self, status: int, outcome: Any) -> None:
+        """Gives the wrapped future the outcome that somebody set on the Unfuture."""
+        raise NotImplementedError
+
+
+class AsyncioMirror(Mirror):
+    """The wrapped one is an asyncio future, touched in its own loop only."""
+
+    __slots__ = ("_future", "_loop", "_target")
+
+    def __init__(self, target: Unfuture[Any], future: asyncio.Future[Any]) -> None:
+        self._target = target
+        self._future = future
+        self._loop = future.get_loop()
+
+    def __repr__(self) -> str:
+        return repr(self._future)
+
+    def attach(self) -> None:
+        if self._future.done():
+            self._copy(self._future)
+        else:
+            self._in_loop(self._future.add_done_callback, self._copy)
+
+    def _in_loop(self, function: Callable[..., object], *args: Any) -> None:
+        if running_loop() is self._loop:
+            function(*args)
+        else:
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _copy(self, future: asyncio.Future[Any]) -> None:
+        self._target._complete(*outcome_of_asyncio(future))
+
+    def cancel(self, message: object) -> bool:
+        try:
+            self._in_loop(self._future.cancel, message)
+        except RuntimeError:
+            self._target._complete(CANCELLED, message)  # the loop is closed: nobody else will
+        return True
+
+    def running(self) -> bool:
+        return False
+
+    def push(self, status: int, outcome: Any) -> None:
+        if isinstance(self._future, asyncio.Task):
+            return  # a task has only its coroutine's outcome
+        try:
+            self._in_loop(self._set, status, outcome)
+        except RuntimeError:
+            logger.debug("%r: its loop is closed, the outcome stays here", self._future)
+
+    def _set(self, status: int, outcome: Any) -> None:
+        if self._future.done():
+            return
+        if status == FINISHED:
+            self._future.set_result(outcome)
+        else:
+            self._future.set_exception(awaited_exception(outcome))
+            self._future.exception()  # the Unfuture is the one to report it
+
+
+class ConcurrentMirror(Mirror):
+    """The wrapped one is a concurrent future."""
+
+    __slots__ = ("_future", "_target")
+
+    def __init__(self, target: Unfuture[Any], future: concurrent.futures.Future[Any]) -> None:
+        self._target = target
+        self._future = future
+
+    def __repr__(self) -> str:
+        return repr(self._future)
+
+    def attach(self) -> None:
+        self._future.add_done_callback(self._copy)
+
+    def _copy(self, future: concurrent.futures.Future[Any]) -> None:
+        if future.cancelled():
+            self._target._complete(CANCELLED, None)
+            return
+        exc = future.exception()
+        if exc is not None:
+            self._target._complete(FAILED, exc)
+        else:
+            self._target._complete(FINISHED, future.result())
+
+    def cancel(self, message: object) -> bool:
+        return self._future.cancel()
+
+    def running(self) -> bool:
+        return self._future.running()
+
+    def push(self, status: int, outcome: Any) -> None:
+        try:
+            if status == FINISHED:
+                self._future.set_result(outcome)
+            else:
+                self._future.set_exception(outcome)
+        except concurrent.futures.InvalidStateError:
+            logger.debug("%r already has an outcome of its own", self._future)
+
+
+def mirror_of(target: Unfuture[Any], source: object) -> Mirror:
+    """The mirror for what `Unfuture(source)` was given.
+
+    :raises TypeError: if `source` is no future.
+    """
+    if asyncio.isfuture(source):
+        return AsyncioMirror(target, source)
+    if isinstance(source, concurrent.futures.Future):
+        return ConcurrentMirror(target, source)
+    raise TypeError(
+        "Unfuture() takes nothing, an asyncio future or task, a concurrent future or a coroutine, "
+        f"not {source!r}; for a value there is Unfuture.from_value()"
+    )

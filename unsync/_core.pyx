@@ -1,0 +1,1652 @@
+# cython: language_level=3, freethreading_compatible=True, binding=True, auto_pickle=False
+# cython: boundscheck=False, wraparound=False, initializedcheck=False
+"""The core, compiled: the hot path of every call.
+
+`_core_py.py` is its twin in plain Python: the same names, the same behaviour, and the types.
+Who may touch what:
+
+- What is written under `critical_section(x)` belongs to `x`'s lock. With the GIL that is no lock
+  at all: such a section must do nothing that can release the GIL. So nothing in it calls Python
+  code, drops a last reference (that may run a `__del__`) or makes a container (that may run the
+  garbage collector, before 3.12).
+- An Unfuture's `_status` is written in its section and last, and may be read anywhere: a final
+  one says that `_outcome` and `_extra` are in place and will not change.
+- A waiter belongs to whoever took it from the Unfuture's chain, and is fired once.
+- A mailbox's `live` is written by its loop's thread only.
+"""
+
+import sys
+import threading
+from asyncio import CancelledError as AsyncioCancelledError
+from asyncio import Task, current_task, isfuture
+from asyncio import _get_running_loop as running_loop
+from collections import deque
+from time import monotonic
+from types import GenericAlias, MethodType
+from weakref import ref
+
+cimport cython
+from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
+
+from unsync._common import (
+    STATE_NAMES,
+    TimedOutError,
+    Waiters,
+    already_done_error,
+    awaited_exception,
+    cancelled_error,
+    check_callable,
+    check_exception,
+    close_unstarted,
+    describe,
+    is_awaitable,
+    is_coroutine,
+    logger,
+    mirror_of,
+    orphan_error,
+    outcome_of_asyncio,
+    rebuild,
+    report_unseen_failure,
+    wait_for_awaitable,
+    would_deadlock_error,
+)
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER) && !defined(__clang__)
+      #define unsync_load(p) (*(volatile unsigned char *)(p))
+      #define unsync_store(p, v) (*(volatile unsigned char *)(p) = (unsigned char)(v))
+    #else
+      #define unsync_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+      #define unsync_store(p, v) __atomic_store_n((p), (unsigned char)(v), __ATOMIC_RELEASE)
+    #endif
+    """
+    unsigned char load "unsync_load"(unsigned char *p) nogil
+    void store "unsync_store"(unsigned char *p, int v) nogil
+
+cdef extern from "pythread.h":
+    ctypedef void *PyThread_type_lock
+    ctypedef long long PY_TIMEOUT_T
+    ctypedef enum PyLockStatus:
+        PY_LOCK_FAILURE
+        PY_LOCK_ACQUIRED
+        PY_LOCK_INTR
+    PyThread_type_lock PyThread_allocate_lock() nogil
+    void PyThread_free_lock(PyThread_type_lock lock) nogil
+    PyLockStatus PyThread_acquire_lock_timed(
+        PyThread_type_lock lock, PY_TIMEOUT_T microseconds, int intr_flag
+    ) nogil
+    void PyThread_release_lock(PyThread_type_lock lock) nogil
+    unsigned long PyThread_get_thread_ident() nogil
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+# The states, as in `_common`.
+cdef enum:
+    PENDING = 0
+    RUNNING = 1
+    CANCELLED = 2
+    CANCELLED_AND_NOTIFIED = 3
+    FINISHED = 4
+    FAILED = 5
+    ANY = -1
+
+# What `_source` is.
+cdef enum:
+    NOTHING = 0
+    COROUTINE = 1  # without a task yet; until it is begun `_extra` is the context for it
+    JOB = 2
+    TASK = 3
+    CONTINUATION = 4
+    UNFUTURE = 5
+    MIRROR = 6
+
+# A drain gives the loop back to its timers and I/O after this many seconds.
+cdef double DRAIN_SECONDS = 0.002
+# How many items pass between two looks at the clock.
+cdef int DRAIN_STRIDE = 16
+
+cdef bint HAS_EAGER_TASKS = sys.version_info >= (3, 12)
+cdef bint HAS_TASK_CONTEXT = sys.version_info >= (3, 11)
+cdef double LONGEST_WAIT = threading.TIMEOUT_MAX
+
+# Counts the forks above this process: an Unfuture of an older one has nobody to finish it.
+cdef unsigned int _generation = 0
+# Guards the moment when a child first looks at one of its parent's Unfutures.
+cdef object _fork_lock = threading.RLock()
+
+cdef Mailbox _home = None
+cdef object _start_home = None
+
+# Answers `_claim` when somebody else was first.
+cdef object REFUSED = object()
+# Answers `change` when the claim must be made again.
+cdef object RETRY = object()
+
+# What `repr` calls that which is behind an Unfuture, by kind.
+cdef tuple LABELS = ("", "coro", "function", "task", "continuation", "unfuture", "future")
+
+
+def set_home(Mailbox mailbox, start):
+    """Names the ambient loop's mailbox, or with None the function that starts one on first use."""
+    global _home, _start_home
+    _home = mailbox
+    _start_home = start
+
+
+cdef Mailbox home():
+    """The ambient loop's mailbox; the loop is started if it does not run."""
+    cdef Mailbox mailbox = _home
+    if mailbox is not None:
+        return mailbox
+    if _start_home is None:
+        raise RuntimeError("no ambient loop has been set up")
+    return _start_home()
+
+
+def after_fork():
+    """Run in the child: what was pending before the fork will never be finished here."""
+    global _generation, _fork_lock
+    _generation += 1
+    _fork_lock = threading.RLock()
+
+
+cdef Mailbox mailbox_of(loop):
+    """The mailbox of the loop that runs in this thread.
+
+    The loop owns it, as an attribute: what is never picked up must not outlive the loop, and
+    would as the value of a registry, for it refers to the loop.
+    """
+    cdef Mailbox mailbox = getattr(loop, "_unsync_mailbox", None)
+    if mailbox is None:
+        mailbox = _home if _home is not None and _home._loop() is loop else Mailbox(loop)
+        try:
+            loop._unsync_mailbox = mailbox
+        except (AttributeError, TypeError):
+            pass  # a loop that takes no attribute has a box for every waiter, and more wakeups
+    return mailbox
+
+
+cdef class _Item:
+    """What can be posted to a mailbox."""
+
+    cdef int arrive(self, Mailbox mailbox) except -1:
+        """Called in the loop's thread."""
+        raise NotImplementedError
+
+    cdef int abandon(self) except -1:
+        """Called in any thread, if the loop is closed."""
+        raise NotImplementedError
+
+
+@cython.final
+cdef class Mailbox:
+    """What other threads leave for one event loop, picked up in batches: one wakeup per burst.
+
+    Any thread may leave something. The first item wakes the loop, later ones only join it,
+    until the loop finds the box empty. A closed loop's items are abandoned, each in its own way.
+
+    The loop is held weakly: it owns the mailbox.
+    """
+
+    cdef object __weakref__
+    cdef object _loop
+    # A deque and its methods; what is in it, and `_armed`, belong to the section.
+    cdef object _items
+    cdef object _append
+    cdef object _popleft
+    cdef bint _armed
+    # The ambient loop's thread; 0 for a foreign loop.
+    cdef unsigned long _thread_id
+    # asyncio holds tasks weakly; these have begun and must get to their end.
+    cdef readonly dict live
+    # The one whose coroutine makes its first step now, perhaps a long one.
+    cdef Unfuture _starting
+
+    def __init__(self, loop):
+        self._loop = ref(loop)
+        self._items = deque()
+        self._append = self._items.append
+        self._popleft = self._items.popleft
+        self.live = {}
+
+    @property
+    def loop(self):
+        return self._loop()
+
+    @property
+    def thread_id(self):
+        return self._thread_id or None
+
+    @thread_id.setter
+    def thread_id(self, unsigned long thread_id):
+        self._thread_id = thread_id
+
+    cdef int post(self, _Item item) except -1:
+        """Leaves `item` for the loop; `item.arrive(mailbox)` is called in its thread."""
+        cdef bint wake = False
+        with cython.critical_section(self):
+            self._append(item)
+            if not self._armed:
+                self._armed = True
+                wake = True
+        if wake:
+            self.wake()
+        return 0
+
+    cdef int wake(self) except -1:
+        loop = self._loop()
+        try:
+            if loop is None:
+                self.close()
+            elif running_loop() is loop:
+                loop.call_soon(self._drain)
+            else:
+                loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            if loop is not None and not loop.is_closed():
+                raise
+            self.close()
+        return 0
+
+    cdef _Item take(self):
+        """The next item; None, and disarmed, if there is none."""
+        cdef _Item item = None
+        with cython.critical_section(self):
+            if self._items:
+                item = <_Item>self._popleft()
+            else:
+                self._armed = False
+        return item
+
+    def _drain(self):
+        cdef _Item item
+        cdef int count = 0
+        cdef double until = monotonic() + DRAIN_SECONDS
+        try:
+            while True:
+                item = self.take()
+                if item is None:
+                    return
+                item.arrive(self)
+                count += 1
+                if count == DRAIN_STRIDE:
+                    count = 0
+                    if monotonic() >= until:
+                        break
+        except BaseException:
+            # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the
+            # other items must not suffer.
+            self.wake()
+            raise
+        self.wake()
+
+    def close(self):
+        """Abandons what is here, and leaves the box so that later items are abandoned too."""
+        cdef _Item item
+        while True:
+            item = self.take()
+            if item is None:
+                return
+            item.abandon()
+
+    @property
+    def starting(self):
+        with cython.critical_section(self):
+            unfuture = self._starting
+        return unfuture
+
+    cdef int start(self, Unfuture unfuture, coro, context) except -1:
+        """Starts `coro` as a task of this loop, in whose thread this is called."""
+        with cython.critical_section(self):
+            self._starting = unfuture
+        try:
+            task = make_task(self._loop(), coro, context)
+        except BaseException as exc:
+            # The first step raised KeyboardInterrupt or SystemExit, or the user's task factory
+            # refused: the caller hears of it, the loop goes on.
+            close_unstarted(coro)
+            unfuture.complete(FAILED, exc, ANY)
+            return 0
+        finally:
+            with cython.critical_section(self):
+                self._starting = None  # the caller holds it
+        if task.done():
+            unfuture.ended_at_once(task)
+            return 0
+        self.live[task] = unfuture
+        unfuture.started(task)
+        task.add_done_callback(_TaskDone(self, unfuture), context=context)
+        return 0
+
+
+@cython.final
+cdef class _TaskDone:
+    """The done-callback of a task that did not end in its first step."""
+
+    cdef Mailbox mailbox
+    cdef Unfuture unfuture
+
+    def __init__(self, Mailbox mailbox, Unfuture unfuture):
+        self.mailbox = mailbox
+        self.unfuture = unfuture
+
+    def __call__(self, task):
+        self.mailbox.live.pop(task, None)
+        status, outcome = outcome_of_asyncio(task)
+        self.unfuture.complete(status, outcome, ANY)
+
+
+cdef make_task(loop, coro, context):
+    if loop.get_task_factory() is not None:
+        task = context.run(loop.create_task, coro)
+        if hasattr(task, "set_name"):
+            task.set_name(name_of(coro))
+        return task
+    name = name_of(coro)
+    if HAS_EAGER_TASKS:
+        # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there
+        # to be asked for it, else asyncio would report that nobody did.
+        task = Task.__new__(Task)
+        try:
+            task.__init__(coro, loop=loop, name=name, context=context, eager_start=True)
+        except BaseException:
+            if task.done():
+                outcome_of_asyncio(task)
+            raise
+        return task
+    if HAS_TASK_CONTEXT:
+        return Task(coro, loop=loop, name=name, context=context)
+    PyContext_Enter(context)
+    try:
+        return Task(coro, loop=loop, name=name)
+    finally:
+        PyContext_Exit(context)
+
+
+cdef name_of(coro):
+    return getattr(coro, "__qualname__", None) or type(coro).__name__
+
+
+cdef class _Waiter(_Item):
+    """One who waits for an Unfuture: a link of its chain."""
+
+    cdef _Waiter next_one
+
+    cdef fire(self, Unfuture unfuture):
+        """Called once, by the thread that finished `unfuture` (or found it done).
+
+        Returns a follower that just got the same outcome, with its waiters, for the caller to
+        fire next: chains are walked with a queue, never by recursion.
+        """
+        raise NotImplementedError
+
+
+@cython.final
+@cython.trashcan(True)
+cdef class _Blocked(_Waiter):
+    """A thread that waits in `result()` or `exception()`."""
+
+    cdef PyThread_type_lock lock
+
+    def __cinit__(self):
+        self.lock = PyThread_allocate_lock()
+        if self.lock is NULL:
+            raise MemoryError("cannot allocate a lock")
+        PyThread_acquire_lock_timed(self.lock, 0, 0)
+
+    def __dealloc__(self):
+        if self.lock is not NULL:
+            PyThread_free_lock(self.lock)
+
+    cdef fire(self, Unfuture unfuture):
+        PyThread_release_lock(self.lock)
+
+    cdef bint wait(self, timeout) except? -1:
+        """Blocks until it is fired; False after `timeout` seconds. Signal handlers may raise."""
+        cdef double until = 0, left = 0
+        cdef PY_TIMEOUT_T microseconds = -1
+        cdef PyLockStatus status
+        if timeout is not None:
+            left = min(max(<double>timeout, 0.0), LONGEST_WAIT)
+            until = <double>monotonic() + left
+            microseconds = <PY_TIMEOUT_T>(left * 1e6)
+        while True:
+            with nogil:
+                status = PyThread_acquire_lock_timed(self.lock, microseconds, 1)
+            if status == PY_LOCK_ACQUIRED:
+                return True
+            if status == PY_LOCK_FAILURE:
+                return False
+            PyErr_CheckSignals()
+            if timeout is not None:
+                left = until - <double>monotonic()
+                microseconds = <PY_TIMEOUT_T>(max(left, 0.0) * 1e6)
+
+
+@cython.final
+@cython.trashcan(True)
+cdef class _Callback(_Waiter):
+    """A done-callback; bound to the loop that ran where it was added, if one did."""
+
+    cdef object function
+    cdef object context
+    cdef object loop
+    cdef Mailbox mailbox
+    cdef Unfuture unfuture
+
+    def __init__(self, function, context, loop):
+        self.function = function
+        self.context = context
+        self.loop = loop
+        self.mailbox = None if loop is None else mailbox_of(loop)
+
+    cdef fire(self, Unfuture unfuture):
+        if self.loop is None:
+            self.call(unfuture)
+        elif running_loop() is self.loop:
+            self.schedule(unfuture)
+        else:
+            self.unfuture = unfuture
+            self.mailbox.post(self)
+
+    cdef call(self, Unfuture unfuture):
+        try:
+            if self.context is None:
+                self.function(unfuture)
+            else:
+                self.context.run(self.function, unfuture)
+        except BaseException:
+            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+
+    cdef schedule(self, Unfuture unfuture):
+        function = self.call_in_ambient_loop if self.mailbox._thread_id else self.function
+        self.loop.call_soon(function, unfuture, context=self.context)
+
+    def call_in_ambient_loop(self, unfuture):
+        try:
+            self.function(unfuture)
+        except (KeyboardInterrupt, SystemExit):
+            # They would leave the loop, where nobody runs it who could hear of them.
+            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+
+    cdef int arrive(self, Mailbox mailbox) except -1:
+        self.schedule(self.unfuture)
+        return 0
+
+    cdef int abandon(self) except -1:
+        logger.debug("%r: its loop is closed, the callback is not called", self.function)
+        return 0
+
+
+@cython.final
+@cython.trashcan(True)
+cdef class _Park(_Waiter):
+    """One `await`: its iterator, and what the suspended task is parked on.
+
+    It belongs to that one task: `_asyncio_future_blocking` is a handshake between two, and two
+    loops that await one Unfuture would race on it.
+    """
+
+    cdef public bint _asyncio_future_blocking
+    cdef bint begun
+    cdef Unfuture unfuture
+    cdef object loop
+    cdef Mailbox mailbox
+    cdef object wakeup
+    cdef object context
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Unfuture unfuture = self.unfuture
+        if unfuture.is_done():
+            raise StopIteration(unfuture.awaited())
+        if self.begun:
+            raise RuntimeError("await wasn't used with future")
+        loop = running_loop()
+        if loop is None:
+            raise RuntimeError(f"no running event loop to wait in for {unfuture!r}")
+        unfuture.check_not_own(loop)
+        self.begun = True
+        self.loop = loop
+        self.mailbox = mailbox_of(loop)
+        self._asyncio_future_blocking = True
+        return self
+
+    # What a task asks of the future that it is parked on.
+
+    def get_loop(self):
+        return self.loop
+
+    def add_done_callback(self, function, *, context=None):
+        self.wakeup = function
+        self.context = PyContext_CopyCurrent() if context is None else context
+        if not self.unfuture.add_waiter(self):
+            self.loop.call_soon(function, self, context=self.context)
+
+    def remove_done_callback(self, function):
+        return self.unfuture.remove_waiter(self)
+
+    def cancel(self, msg=None):
+        return self.unfuture.cancel(msg)
+
+    def done(self):
+        return load(&self.unfuture._status) >= CANCELLED
+
+    def result(self):
+        """The task only asks whether to go on: `__next__` gives the outcome to its coroutine."""
+
+    # How the end of the wait reaches the task.
+
+    cdef fire(self, Unfuture unfuture):
+        if running_loop() is self.loop:
+            self.loop.call_soon(self.wakeup, self, context=self.context)
+        else:
+            self.mailbox.post(self)
+
+    cdef int arrive(self, Mailbox mailbox) except -1:
+        PyContext_Enter(self.context)
+        try:
+            self.wakeup(self)
+        finally:
+            PyContext_Exit(self.context)
+        return 0
+
+    cdef int abandon(self) except -1:
+        logger.debug("%r: the loop of a task that awaited it is closed", self.unfuture)
+        return 0
+
+
+@cython.final
+@cython.trashcan(True)
+cdef class _Follower(_Waiter):
+    """Gives an Unfuture the outcome of the one it waits for."""
+
+    cdef Unfuture target
+
+    cdef fire(self, Unfuture unfuture):
+        store(&unfuture._unseen, False)
+        return pass_on(unfuture, self.target)
+
+
+@cython.final
+@cython.trashcan(True)
+cdef class _Continuation(_Waiter):
+    """What `then` and `map` leave at their source; also what stands behind their Unfuture."""
+
+    cdef Unfuture source
+    cdef Unfuture target
+    cdef object function
+    cdef object context
+    cdef bint by_value
+
+    def __repr__(self):
+        return repr(self.function)
+
+    cdef fire(self, Unfuture unfuture):
+        if load(&unfuture._status) != FINISHED:
+            store(&unfuture._unseen, False)
+            return pass_on(unfuture, self.target)
+        try:
+            home().post(self)
+        except BaseException as exc:
+            # The ambient loop cannot be started: the one who waits must hear of it.
+            self.target.complete(FAILED, exc, ANY)
+        return None
+
+    cdef int arrive(self, Mailbox mailbox) except -1:
+        cdef Unfuture target = self.target
+        if not target.begin():
+            return 0
+        argument = self.source._outcome if self.by_value else self.source
+        context = self.context
+        try:
+            PyContext_Enter(context)
+            try:
+                result = self.function(argument)
+            finally:
+                PyContext_Exit(context)
+            # In here as well: nobody else would finish the target if this failed.
+            target.resolve(result, context, mailbox)
+        except AsyncioCancelledError as exc:
+            target.complete(CANCELLED, exc.args[0] if exc.args else None, ANY)
+        except BaseException as exc:
+            target.complete(FAILED, exc, ANY)
+        return 0
+
+    cdef int abandon(self) except -1:
+        self.target.complete(CANCELLED, None, ANY)
+        return 0
+
+
+cdef pass_on(Unfuture source, Unfuture target):
+    cdef int status = load(&source._status)
+    if status == CANCELLED_AND_NOTIFIED:
+        status = CANCELLED
+    chain = target.claim(status, source._outcome, ANY)
+    return None if chain is REFUSED else (target, chain)
+
+
+cdef int fire_all(Unfuture unfuture, _Waiter chain) except -1:
+    """Fires a finished Unfuture's waiters in the order they came, then its followers' waiters."""
+    cdef _Waiter waiter, following
+    backlog = None
+    while True:
+        waiter = oldest_first(chain)
+        while waiter is not None:
+            following = waiter.next_one
+            waiter.next_one = None
+            try:
+                follower = waiter.fire(unfuture)
+            except BaseException:
+                logger.exception("waking %r for %r failed", waiter, unfuture)
+            else:
+                if follower is not None:
+                    if backlog is None:
+                        backlog = deque()
+                    backlog.append(follower)
+            waiter = following
+        if not backlog:
+            return 0
+        unfuture, chain = backlog.popleft()
+
+
+cdef _Waiter oldest_first(_Waiter chain):
+    cdef _Waiter first = None, following
+    while chain is not None:
+        following = chain.next_one
+        chain.next_one = first
+        first = chain
+        chain = following
+    return first
+
+
+@cython.final
+@cython.freelist(64)
+cdef class _Job:
+    """A function that has not been started, its arguments, and the context to run it in."""
+
+    cdef object function
+    cdef tuple args
+    cdef dict kwargs
+    cdef object context
+
+    def __repr__(self):
+        return repr(self.function)
+
+
+cdef inline Unfuture blank():
+    return Unfuture.__new__(Unfuture)
+
+
+@cython.trashcan(True)
+cdef class Unfuture(_Item):
+    """One future for both worlds: threads wait on it with `result()`, coroutines `await` it.
+
+    It does what an `asyncio.Future` and a `concurrent.futures.Future` do, at once, and every
+    method may be called from any thread. It is bound to no loop.
+
+    :param source: nothing, for one to set by hand; an asyncio future or task, a concurrent
+        future or another Unfuture, to have the same outcome and pass on cancelling; or a
+        coroutine, to run it in the ambient event loop.
+    :raises TypeError: if `source` is anything else.
+    :raises RuntimeError: if `source` is a pending asyncio future whose loop is closed.
+    """
+
+    cdef object __weakref__
+    cdef unsigned char _status
+    # A failure that nobody has looked at yet.
+    cdef unsigned char _unseen
+    # What `_source` is.
+    cdef unsigned char _kind
+    cdef unsigned int _generation
+    # The result, the exception, or the message of a cancellation.
+    cdef object _outcome
+    # The context for a coroutine that has no task; the message, in a tuple, of a cancel() that
+    # came while its first step was made; the traceback of a failure.
+    cdef object _extra
+    # What is behind a pending or running one: see cancel().
+    cdef object _source
+    cdef _Waiter _chain
+    cdef object _side
+
+    # asyncio.isfuture() looks for it. No task is ever parked on the Unfuture itself: see _Park.
+    _asyncio_future_blocking = False
+
+    __class_getitem__ = classmethod(GenericAlias)
+
+    def __cinit__(self, *args, **kwargs):
+        self._generation = _generation
+
+    def __init__(self, source=None):
+        if source is None:
+            return
+        if isinstance(source, Unfuture):
+            self.follow(source)
+        elif is_coroutine(source):
+            mailbox = home()
+            self._source = source
+            self._extra = PyContext_CopyCurrent()
+            self._kind = COROUTINE
+            mailbox.post(self)
+        else:
+            mirror = mirror_of(self, source)
+            self._source = mirror
+            self._kind = MIRROR
+            mirror.attach()
+
+    @classmethod
+    def from_value(cls, value):
+        """One that is finished already, with `value` as its result."""
+        unfuture = cls()
+        unfuture.set_result(value)
+        return unfuture
+
+    # Looking at it.
+
+    def result(self, timeout=None):
+        """The result, waiting for it as long as it takes or `timeout` seconds.
+
+        It blocks the calling thread, as in concurrent.futures; in `unsync.thread` it never
+        waits, as in asyncio.
+
+        :raises TimeoutError: after `timeout` seconds.
+        :raises InvalidStateError: in `unsync.thread`, if it is not done.
+        :raises CancelledError: if it was cancelled.
+        :raises BaseException: what the function raised.
+        """
+        if load(&self._status) < CANCELLED:
+            self.wait(timeout)
+        if self._status == FINISHED:
+            return self._outcome
+        if self._status == FAILED:
+            store(&self._unseen, False)
+            raise self._outcome.with_traceback(self._extra)
+        raise cancelled_error(self._outcome, running_loop() is not None)
+
+    def exception(self, timeout=None):
+        """The exception, or None if there is a result; waits as `result` does.
+
+        :raises TimeoutError: after `timeout` seconds.
+        :raises InvalidStateError: in `unsync.thread`, if it is not done.
+        :raises CancelledError: if it was cancelled.
+        """
+        if load(&self._status) < CANCELLED:
+            self.wait(timeout)
+        if self._status == FINISHED:
+            return None
+        if self._status == FAILED:
+            store(&self._unseen, False)
+            return self._outcome
+        raise cancelled_error(self._outcome, running_loop() is not None)
+
+    cdef bint is_done(self) except -1:
+        if load(&self._status) < CANCELLED:
+            self.check_fork()
+        return load(&self._status) >= CANCELLED
+
+    def done(self):
+        """Whether it has a result or an exception or was cancelled."""
+        return self.is_done()
+
+    def running(self):
+        """Whether the work behind it has begun and not ended."""
+        cdef Unfuture unfuture = self
+        cdef int status, kind
+        while True:
+            unfuture.check_fork()
+            with cython.critical_section(unfuture):
+                status = unfuture._status
+                kind = unfuture._kind
+                source = unfuture._source
+            if status != PENDING:
+                return status == RUNNING
+            if kind != UNFUTURE:
+                return kind == MIRROR and source.running()
+            unfuture = source
+
+    cdef bint is_cancelled(self) noexcept:
+        cdef int status = load(&self._status)
+        return CANCELLED <= status <= CANCELLED_AND_NOTIFIED
+
+    def cancelled(self):
+        """Whether it was cancelled."""
+        return self.is_cancelled()
+
+    def get_loop(self):
+        """The running loop, else the ambient one: an Unfuture can be awaited in every loop."""
+        loop = running_loop()
+        return home()._loop() if loop is None else loop
+
+    def __await__(self):
+        """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.
+
+        A cancelled awaiter cancels what it awaits, as in asyncio.
+
+        :raises asyncio.CancelledError: if it was cancelled.
+        :raises BaseException: what the function raised.
+        """
+        cdef _Park park = _Park.__new__(_Park)
+        park.unfuture = self
+        return park
+
+    def __iter__(self):
+        return self.__await__()
+
+    # Setting it.
+
+    def set_result(self, result):
+        """Finishes it with `result`.
+
+        :raises InvalidStateError: if it is done already.
+        """
+        self.set(FINISHED, result)
+
+    def set_value(self, result):
+        """The same as `set_result`."""
+        self.set(FINISHED, result)
+
+    def set_exception(self, exception):
+        """Finishes it with `exception`, an instance or a class to make one of.
+
+        :raises InvalidStateError: if it is done already.
+        :raises TypeError: if it is no exception.
+        """
+        self.set(FAILED, check_exception(exception))
+
+    cdef int set(self, int status, outcome) except -1:
+        mirror = None
+        with cython.critical_section(self):
+            if self._kind == MIRROR:
+                mirror = self._source
+        if not self.complete(status, outcome, ANY):
+            raise already_done_error(self)
+        if mirror is not None:
+            mirror.push(status, outcome)
+        return 0
+
+    def set_running_or_notify_cancel(self):
+        """For executors, as in concurrent.futures: marks it running.
+
+        Returns False if it was cancelled: then its work must not begin.
+
+        :raises RuntimeError: if it is running or finished.
+        """
+        cdef int status
+        with cython.critical_section(self):
+            status = self._status
+            if status == PENDING:
+                store(&self._status, RUNNING)
+            elif status == CANCELLED:
+                store(&self._status, CANCELLED_AND_NOTIFIED)
+        if status == PENDING:
+            return True
+        if CANCELLED <= status <= CANCELLED_AND_NOTIFIED:
+            return False
+        raise RuntimeError(f"this Unfuture is not pending: {self!r}")
+
+    def cancel(self, msg=None):
+        """Cancels what is behind it; `msg` goes with the CancelledError.
+
+        A coroutine sees `CancelledError` and decides, as in asyncio; work that has not begun
+        never will; the source of a `then` is cancelled with it, as what is awaited would be.
+        A function that already runs in a thread or a process cannot be stopped: a plain thread
+        gets False, as in concurrent.futures; where a loop runs the Unfuture is cancelled and the
+        function's outcome dropped, as in asyncio.
+
+        Returns whether it is, or is being, cancelled.
+        """
+        cdef Unfuture behind
+        answer, behind = self.cancel_this(msg)
+        while behind is not None:
+            cancelled, behind = behind.cancel_this(msg)
+            if answer is None:
+                answer = cancelled
+        return bool(answer)
+
+    cdef tuple cancel_this(self, msg):
+        """Whether this one is cancelled (None: as the next one is), and the next to cancel."""
+        cdef int status, kind
+        self.check_fork()
+        request = (msg,)
+        with cython.critical_section(self):
+            status = self._status
+            kind = self._kind
+            source = self._source
+            if status == RUNNING and kind == COROUTINE:
+                # The context has been taken, or is in use: nothing is dropped here.
+                self._extra, request = request, self._extra
+        if status >= CANCELLED:
+            return status <= CANCELLED_AND_NOTIFIED, None
+        if status == RUNNING and kind == COROUTINE:
+            return True, None
+        if kind == UNFUTURE:
+            return None, source
+        if kind == TASK:
+            self.cancel_task(source, msg)
+            return True, None
+        if status == PENDING:
+            if kind == MIRROR:
+                if source.cancel(msg):
+                    return True, None
+            elif self.complete(CANCELLED, msg, PENDING):
+                return True, (<_Continuation>source).source if kind == CONTINUATION else None
+            else:
+                return self.cancel_this(msg)  # it began or ended in between
+        if running_loop() is not None:
+            self.complete(CANCELLED, msg, ANY)
+        return self.is_cancelled(), None
+
+    cdef int cancel_task(self, task, msg) except -1:
+        loop = task.get_loop()
+        try:
+            if running_loop() is loop:
+                task.cancel(msg)
+            else:
+                loop.call_soon_threadsafe(task.cancel, msg)
+        except RuntimeError:
+            self.complete(CANCELLED, msg, ANY)  # the loop is closed, the task will never end
+        return 0
+
+    # Going on from it.
+
+    def add_done_callback(self, fn, *, context=None):
+        """Has `fn(unfuture)` called once it is done.
+
+        Added where a loop is running: called in that loop's thread, soon, as in asyncio. Added
+        elsewhere: called by the thread that finishes it, at once if it is done, as in
+        concurrent.futures. What a callback raises is logged and stops no other.
+
+        :param context: the context to call it in; in a loop the default is a copy of the
+            current one.
+        :raises TypeError: if `fn` is not callable.
+        """
+        check_callable("a done-callback", fn)
+        loop = running_loop()
+        if loop is not None and context is None:
+            context = PyContext_CopyCurrent()
+        cdef _Callback callback = _Callback(fn, context, loop)
+        if not self.add_waiter(callback):
+            callback.fire(self)
+
+    def remove_done_callback(self, fn):
+        """Removes every callback that equals `fn`; returns how many there were."""
+        cdef _Waiter waiter
+        cdef int removed = 0
+        found = []
+        with cython.critical_section(self):
+            waiter = self._chain
+            while waiter is not None:
+                found.append(waiter)
+                waiter = waiter.next_one
+        for waiter in found:
+            if type(waiter) is _Callback and (<_Callback>waiter).function == fn:
+                removed += self.remove_waiter(waiter)
+        return removed
+
+    def then(self, continuation):
+        """An Unfuture for what `continuation(unfuture)` returns, called once this one has a result.
+
+        It is called in `unsync.thread`, in the current context, with this finished Unfuture. If
+        it returns an awaitable, that one's result counts. It is not called if this one fails or
+        is cancelled: the outcome passes on.
+
+        :raises TypeError: if `continuation` is not callable.
+        """
+        check_callable("a continuation", continuation)
+        return self.go_on(continuation, False)
+
+    def map(self, fn):
+        """The same as `then`, but `fn` is called with the result.
+
+        :raises TypeError: if `fn` is not callable.
+        """
+        check_callable("a continuation", fn)
+        return self.go_on(fn, True)
+
+    cdef Unfuture go_on(self, function, bint by_value):
+        cdef _Continuation continuation = _Continuation.__new__(_Continuation)
+        cdef Unfuture target = blank()
+        continuation.source = self
+        continuation.function = function
+        continuation.by_value = by_value
+        continuation.context = PyContext_CopyCurrent()
+        continuation.target = target
+        target._source = continuation
+        target._kind = CONTINUATION
+        if not self.add_waiter(continuation):
+            follower = continuation.fire(self)
+            if follower is not None:
+                fire_all(follower[0], follower[1])
+        return target
+
+    # The room where it changes.
+
+    cdef claim(self, int status, outcome, int expected):
+        """Makes it done, once: the waiters to fire, or REFUSED if somebody else was first."""
+        self.check_fork()
+        chain = self.change(status, outcome, expected, None)
+        if chain is RETRY:
+            # concurrent.futures.wait() reads the state and enlists under this condition, so the
+            # state must not change between the two.
+            side = self.side()
+            with side.condition:
+                chain = self.change(status, outcome, expected, side)
+                if chain is not REFUSED:
+                    side.tell(self, load(&self._status))
+        return chain
+
+    cdef side(self):
+        with cython.critical_section(self):
+            side = self._side
+        return side
+
+    cdef change(self, int status, outcome, int expected, side):
+        """The change of state itself; RETRY if `side` is not what belongs to the Unfuture now."""
+        cdef int before
+        cdef int kind = NOTHING
+        traceback = outcome.__traceback__ if status == FAILED else None
+        chain = REFUSED
+        source = None
+        extra = None
+        if status == CANCELLED and side is not None:
+            status = CANCELLED_AND_NOTIFIED
+        with cython.critical_section(self):
+            before = self._status
+            if self._side is not side:
+                chain = RETRY
+            elif before < CANCELLED and (expected == ANY or before == expected):
+                kind = self._kind
+                # Held in locals, so that nothing is dropped in here.
+                source = self._source
+                extra = self._extra
+                chain = self._chain
+                self._kind = NOTHING
+                self._source = None
+                self._chain = None
+                self._outcome = outcome
+                self._extra = traceback
+                if status == FAILED:
+                    store(&self._unseen, True)
+                store(&self._status, status)
+        if kind == COROUTINE and before == PENDING:
+            close_unstarted(source)
+        return chain
+
+    cdef bint complete(self, int status, outcome, int expected) except -1:
+        """Makes it done and tells everybody; False if it was done already."""
+        chain = self.claim(status, outcome, expected)
+        if chain is REFUSED:
+            return False
+        if chain is not None:
+            fire_all(self, chain)
+        return True
+
+    def _complete(self, status, outcome, expected=None):
+        """Makes it done and tells everybody; False if it was done already."""
+        return self.complete(status, outcome, ANY if expected is None else expected)
+
+    cdef bint begin(self) except -1:
+        """Marks it running, unless somebody finished or cancelled it before."""
+        cdef bint begun = False
+        with cython.critical_section(self):
+            if self._status == PENDING:
+                store(&self._status, RUNNING)
+                begun = True
+        return begun
+
+    cdef int started(self, task) except -1:
+        """In the ambient loop: its coroutine has become `task`."""
+        coro = None
+        request = None
+        with cython.critical_section(self):
+            if self._status == RUNNING and self._kind == COROUTINE:
+                coro = self._source
+                request = self._extra
+                self._source = task
+                self._extra = None
+                self._kind = TASK
+        if type(request) is tuple:
+            task.cancel(*request)
+        return 0
+
+    cdef int ended_at_once(self, task) except -1:
+        """In the ambient loop: its coroutine's first step was its last."""
+        request = None
+        with cython.critical_section(self):
+            if self._status == RUNNING and self._kind == COROUTINE:
+                request = self._extra
+        status, outcome = outcome_of_asyncio(task)
+        if status == FINISHED and type(request) is tuple:
+            # As in asyncio: a task that cancels itself and then returns is cancelled.
+            self.complete(CANCELLED, request[0], ANY)
+        else:
+            self.complete(status, outcome, ANY)
+        return 0
+
+    cdef int arrive(self, Mailbox mailbox) except -1:
+        """In the ambient loop: starts the coroutine behind it."""
+        coro = None
+        context = None
+        with cython.critical_section(self):
+            if self._status == PENDING:
+                store(&self._status, RUNNING)
+                coro = self._source
+                context = self._extra
+        if coro is not None:
+            mailbox.start(self, coro, context)
+        return 0
+
+    cdef int abandon(self) except -1:
+        self.complete(CANCELLED, None, ANY)
+        return 0
+
+    cdef int resolve(self, result, context, Mailbox mailbox) except -1:
+        """In the ambient loop: finishes it with what a continuation returned, flattened."""
+        if isinstance(result, Unfuture):
+            self.follow(result)
+        elif isfuture(result):
+            self.follow(Unfuture(result))
+        elif is_awaitable(result):
+            coro = result if is_coroutine(result) else wait_for_awaitable(result)
+            source = None
+            with cython.critical_section(self):
+                if self._status == RUNNING:
+                    source = self._source
+                    self._source = coro
+                    self._kind = COROUTINE
+            mailbox.start(self, coro, context)
+        else:
+            self.complete(FINISHED, result, ANY)
+        return 0
+
+    cdef int follow(self, Unfuture other) except -1:
+        cdef bint pending = False
+        if other is self:
+            error = TypeError("a continuation cannot return the Unfuture that waits for it")
+            self.complete(FAILED, error, ANY)
+            return 0
+        source = None
+        with cython.critical_section(self):
+            if self._status < CANCELLED:
+                pending = True
+                source = self._source
+                self._source = other
+                self._kind = UNFUTURE
+        if not pending:
+            return 0
+        cdef _Follower follower = _Follower.__new__(_Follower)
+        follower.target = self
+        if not other.add_waiter(follower):
+            passed = follower.fire(other)
+            if passed is not None:
+                fire_all(passed[0], passed[1])
+        return 0
+
+    cdef int work(self) except -1:
+        """In a worker thread: runs the function behind it, unless it was cancelled."""
+        cdef _Job job = None
+        with cython.critical_section(self):
+            if self._status == PENDING:
+                store(&self._status, RUNNING)
+                job = <_Job>self._source
+                self._source = None
+                self._kind = NOTHING
+        if job is None:
+            return 0
+        try:
+            PyContext_Enter(job.context)
+            try:
+                if job.kwargs:
+                    result = job.function(*job.args, **job.kwargs)
+                else:
+                    result = job.function(*job.args)
+            finally:
+                PyContext_Exit(job.context)
+        except AsyncioCancelledError as exc:
+            # What it waited for was cancelled.
+            self.complete(CANCELLED, exc.args[0] if exc.args else None, ANY)
+        except BaseException as exc:
+            self.complete(FAILED, exc, ANY)
+        else:
+            self.complete(FINISHED, result, ANY)
+        return 0
+
+    cdef bint add_waiter(self, _Waiter waiter) except -1:
+        """Adds to the chain; False if it is done, and the caller must fire the waiter itself."""
+        cdef bint added = False
+        self.check_fork()
+        with cython.critical_section(self):
+            if self._status < CANCELLED:
+                waiter.next_one = self._chain
+                self._chain = waiter
+                added = True
+        return added
+
+    cdef bint remove_waiter(self, _Waiter waiter) except -1:
+        """Takes one out of the chain; False if it is not there any more."""
+        cdef _Waiter before = None, link
+        cdef bint found = False
+        with cython.critical_section(self):
+            link = self._chain
+            while link is not None:
+                if link is waiter:
+                    if before is None:
+                        self._chain = waiter.next_one
+                    else:
+                        before.next_one = waiter.next_one
+                    waiter.next_one = None
+                    found = True
+                    break
+                before = link
+                link = link.next_one
+        return found
+
+    cdef int wait(self, timeout) except -1:
+        """Blocks until it is done."""
+        cdef Mailbox mailbox = _home
+        if mailbox is not None and mailbox._thread_id == PyThread_get_thread_ident():
+            if not self.is_done():
+                raise would_deadlock_error(self)
+            return 0
+        cdef _Blocked blocked = _Blocked.__new__(_Blocked)
+        cdef bint released = False
+        if not self.add_waiter(blocked):
+            return 0
+        try:
+            released = blocked.wait(timeout)
+        finally:
+            if not released:
+                self.remove_waiter(blocked)
+        if load(&self._status) < CANCELLED:
+            raise TimedOutError(f"no outcome after {timeout} seconds: {self!r}")
+        return 0
+
+    cdef int check_fork(self) except -1:
+        """After a fork: fails it in the child if its work stayed with the parent."""
+        if self._generation != _generation:
+            self.disown()
+        return 0
+
+    cdef int disown(self) except -1:
+        with _fork_lock:
+            if self._generation == _generation:
+                return 0
+            self._generation = _generation
+            if self._status >= CANCELLED or (self._status == PENDING and self._source is None):
+                return 0
+            # Who waited is with the parent too.
+            self._chain = None
+            self._side = None
+        self.complete(FAILED, orphan_error(), ANY)
+        store(&self._unseen, False)
+        return 0
+
+    cdef int check_not_own(self, loop) except -1:
+        """For a coroutine that awaits the Unfuture of its own call, and would wait for ever."""
+        cdef int kind = NOTHING
+        source = None
+        if load(&self._status) != RUNNING:
+            return 0
+        with cython.critical_section(self):
+            kind = self._kind
+            source = self._source
+        if kind != TASK and kind != COROUTINE:
+            return 0
+        task = current_task(loop)
+        if task is not None and (source is task or source is task.get_coro()):
+            raise RuntimeError(f"a coroutine cannot await its own outcome: {self!r}")
+        return 0
+
+    cdef awaited(self):
+        """The outcome as `await` gives it."""
+        if self._status == FINISHED:
+            return self._outcome
+        if self._status == FAILED:
+            store(&self._unseen, False)
+            raise awaited_exception(self._outcome.with_traceback(self._extra))
+        raise cancelled_error(self._outcome, True)
+
+    # What the two parents' modules look for.
+
+    @property
+    def _state(self):
+        return STATE_NAMES[load(&self._status)]
+
+    @property
+    def _condition(self):
+        return self.waiting_side().condition
+
+    @property
+    def _waiters(self):
+        return self.waiting_side().waiters
+
+    cdef waiting_side(self):
+        self.check_fork()
+        side = Waiters()  # made out here: see the head of this file
+        with cython.critical_section(self):
+            if self._side is None:
+                self._side = side
+            if self._status == CANCELLED:
+                # No executor will come to say so, and concurrent.futures.wait() would wait for it.
+                store(&self._status, CANCELLED_AND_NOTIFIED)
+        return self.side()
+
+    @property
+    def _cancel_message(self):
+        return self._outcome if self.is_cancelled() else None
+
+    def _make_cancelled_error(self):
+        return cancelled_error(self._cancel_message, True)
+
+    # What Python looks for.
+
+    def __repr__(self):
+        cdef int status, kind
+        with cython.critical_section(self):
+            status = self._status
+            kind = self._kind
+            source = self._source
+            outcome = self._outcome
+        return describe(self, status, outcome, LABELS[kind], source)
+
+    def __reduce__(self):
+        """A finished one pickles with its outcome.
+
+        :raises TypeError: if it is not done.
+        """
+        cdef int status = load(&self._status)
+        if status < CANCELLED:
+            raise TypeError(
+                f"cannot pickle {self!r}: it has no outcome yet; wait for it, or pass its result"
+            )
+        cls = type(self)
+        arguments = (None if cls is Unfuture else cls, status, self._outcome)
+        return rebuild, arguments, getattr(self, "__dict__", None)
+
+    def __del__(self):
+        cdef Mailbox mailbox
+        if load(&self._unseen):
+            store(&self._unseen, False)
+            mailbox = _home
+            loop = None if mailbox is None else mailbox._loop()
+            report_unseen_failure(self, self._outcome, loop)
+
+
+@cython.final
+cdef class JobQueue:
+    """The work of a pool's threads: jobs in the order they came, and the workers that are idle.
+
+    :param limit: how many workers there may be.
+    :param spawn: starts a thread that calls `work()`; called by the thread that submits.
+    """
+
+    cdef int _limit
+    cdef object _spawn
+    # A deque and its methods; what is in it, and the rest, belong to the section.
+    cdef object _jobs
+    cdef object _append
+    cdef object _popleft
+    # What each idle worker waits on; the one that went idle last is woken first.
+    cdef list _parked
+    cdef int _workers
+    cdef object _refuse
+    # An event: closed, and no worker is left.
+    cdef object _ended
+
+    def __init__(self, int limit, spawn):
+        self._limit = limit
+        self._spawn = spawn
+        self._jobs = deque()
+        self._append = self._jobs.append
+        self._popleft = self._jobs.popleft
+        self._parked = []
+        self._ended = threading.Event()
+
+    def submit(self, function, tuple args, dict kwargs):
+        """Has a worker call `function(*args, **kwargs)` in a copy of the current context.
+
+        :raises Exception: what `close` was told to refuse with, once the queue is closed.
+        :raises RuntimeError: if there is no worker and none can be started.
+        """
+        return self.put(function, args, kwargs)
+
+    cdef Unfuture put(self, function, tuple args, dict kwargs):
+        cdef Unfuture unfuture = blank()
+        cdef _Job job = _Job.__new__(_Job)
+        cdef _Blocked idle = None
+        cdef bint spawn = False
+        refuse = None
+        job.function = function
+        job.args = args
+        job.kwargs = kwargs
+        job.context = PyContext_CopyCurrent()
+        unfuture._source = job
+        unfuture._kind = JOB
+        with cython.critical_section(self):
+            refuse = self._refuse
+            if refuse is None:
+                self._append(unfuture)
+                if self._parked:
+                    idle = <_Blocked>self._parked.pop()
+                elif self._workers < self._limit:
+                    self._workers += 1
+                    spawn = True
+        if refuse is not None:
+            raise refuse()
+        if idle is not None:
+            PyThread_release_lock(idle.lock)
+        elif spawn:
+            self.add_worker(unfuture)
+        return unfuture
+
+    cdef int add_worker(self, Unfuture unfuture) except -1:
+        try:
+            self._spawn()
+        except BaseException as exc:
+            stranded = self.end_worker(True)
+            if unfuture not in stranded:
+                return 0  # another worker does it, or did
+            # Who came later counted on the thread that did not start.
+            for other in stranded:
+                if other is not unfuture:
+                    other._complete(FAILED, exc)
+            raise
+        return 0
+
+    cdef list end_worker(self, bint failed):
+        """Counts one worker less; if the last one failed, returns the jobs that nobody will do."""
+        cdef list stranded = []
+        cdef bint ended = False
+        with cython.critical_section(self):
+            self._workers -= 1
+            if self._workers == 0:
+                while failed and self._jobs:
+                    stranded.append(self._popleft())
+                ended = self._refuse is not None
+        if ended:
+            self._ended.set()
+        return stranded
+
+    def work(self, prepare=None):
+        """A worker's life: runs jobs until the queue is closed and empty.
+
+        :raises BaseException: what `prepare` raised; then no job was taken.
+        """
+        cdef _Blocked parking = _Blocked.__new__(_Blocked)
+        cdef Unfuture unfuture
+        cdef bint end = False
+        try:
+            if prepare is not None:
+                prepare()
+            while True:
+                unfuture = None
+                with cython.critical_section(self):
+                    if self._jobs:
+                        unfuture = <Unfuture>self._popleft()
+                    elif self._refuse is not None:
+                        end = True
+                    else:
+                        self._parked.append(parking)
+                if unfuture is not None:
+                    unfuture.work()
+                elif end:
+                    return
+                else:
+                    parking.wait(None)
+        finally:
+            self.end_worker(False)
+
+    def wait(self, timeout):
+        """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
+
+        This counts the workers whose threads are only just being started, too.
+        """
+        return self._ended.wait(timeout)
+
+    def close(self, refuse):
+        """Refuses further jobs with `refuse()`; the workers end when the queue is empty."""
+        cdef _Blocked parking
+        cdef bint ended = False
+        parked = []
+        with cython.critical_section(self):
+            if self._refuse is None:
+                self._refuse = refuse
+            ended = self._workers == 0
+            parked, self._parked = self._parked, parked
+        if ended:
+            self._ended.set()
+        for parking in parked:
+            PyThread_release_lock(parking.lock)
+
+    def cancel_all(self):
+        """Cancels the jobs that have not begun."""
+        cdef Unfuture unfuture = self.take()
+        while unfuture is not None:
+            unfuture.cancel()
+            unfuture = self.take()
+
+    def fail_all(self, error):
+        """Fails the jobs that have not begun."""
+        cdef Unfuture unfuture = self.take()
+        while unfuture is not None:
+            unfuture.complete(FAILED, error, ANY)
+            unfuture = self.take()
+
+    cdef Unfuture take(self):
+        cdef Unfuture unfuture = None
+        with cython.critical_section(self):
+            if self._jobs:
+                unfuture = <Unfuture>self._popleft()
+        return unfuture
+
+    def after_fork(self):
+        """In the child: the workers, and the jobs that waited for them, stayed with the parent."""
+        self._jobs.clear()
+        self._parked = []
+        self._workers = 0
+
+
+@cython.final
+cdef class Route:
+    """Where regular functions go at the moment: `submit(function, args, kwargs)`.
+
+    All functions that share a setting share its route, so that changing the setting is one
+    assignment and a call need not look for it.
+
+    :param owner: what must live as long as the route does.
+    """
+
+    cdef object _owner
+
+    # Belong to the section, and change together: a job queue's own `submit` is called directly.
+    cdef object _submit
+    cdef JobQueue _queue
+
+    def __init__(self, submit, owner=None):
+        self.submit = submit
+        self._owner = owner
+
+    @property
+    def submit(self):
+        with cython.critical_section(self):
+            submit = self._submit
+        return submit
+
+    @submit.setter
+    def submit(self, submit):
+        queue = getattr(submit, "__self__", None)
+        if type(queue) is not JobQueue:
+            queue = None
+        with cython.critical_section(self):
+            self._submit, submit = submit, self._submit
+            self._queue, queue = queue, self._queue
+
+    cdef Unfuture send(self, function, tuple args, dict kwargs):
+        cdef JobQueue queue, queue_now
+        while True:
+            submit = submit_now = None
+            with cython.critical_section(self):
+                queue = self._queue
+                submit = self._submit
+            try:
+                if queue is not None:
+                    return queue.put(function, args, kwargs)
+                return submit(function, args, kwargs)
+            except RuntimeError:
+                # Was the executor shut down and replaced after `submit` had been read?
+                with cython.critical_section(self):
+                    queue_now = self._queue
+                    submit_now = self._submit
+                if queue_now is queue and submit_now == submit:
+                    raise
+
+
+# What a function becomes when it is looked up on an instance or a class.
+BIND_INSTANCE = 0
+BIND_CLASS = 1
+BIND_NOTHING = 2
+
+
+cdef class Launcher:
+    """A function that runs elsewhere: calling it gives an Unfuture at once.
+
+    :param function: a coroutine function if `route` is None, to run in the ambient loop; else a
+        regular function, to be given to `route`.
+    :param binding: what the first argument is when it is looked up on an instance or a class.
+    """
+
+    cdef object _function
+    cdef Route _route
+    cdef int _binding
+
+    __class_getitem__ = classmethod(GenericAlias)
+
+    def __init__(self, function, Route route, int binding=0):
+        self._function = function
+        self._route = route
+        self._binding = binding
+
+    def __call__(self, *args, **kwargs):
+        cdef Mailbox mailbox
+        cdef Unfuture unfuture
+        if self._route is not None:
+            return self._route.send(self._function, args, kwargs)
+        mailbox = home()
+        coro = self._function(*args, **kwargs) if kwargs else self._function(*args)
+        unfuture = blank()
+        unfuture._source = coro
+        unfuture._extra = PyContext_CopyCurrent()
+        unfuture._kind = COROUTINE
+        mailbox.post(unfuture)
+        return unfuture
+
+    def __get__(self, instance, owner):
+        if self._binding == BIND_NOTHING:
+            return self
+        if self._binding == BIND_CLASS:
+            return MethodType(self, type(instance) if owner is None else owner)
+        return self if instance is None else MethodType(self, instance)

@@ -1,0 +1,1497 @@
+"""The core in plain Python: the fallback, and what type checkers and readers read.
+
+`_core.pyx` is its compiled twin: the same names, the same behaviour. Who may touch what:
+
+- An Unfuture's `_status`, `_outcome`, `_traceback`, `_source`, `_chain` and `_side` belong to its
+  `_lock`, a reentrant one: a signal handler or a `__del__` may come back to the same Unfuture.
+- No foreign code runs under that lock: waiters are fired, and references are dropped, after it.
+- A waiter belongs to whoever took it from the Unfuture's chain, and is fired once.
+- A mailbox's `live` and `starting` are written by its loop's thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import sys
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
+from threading import get_ident
+from time import monotonic
+from types import MethodType, TracebackType
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, cast, final, overload
+from weakref import ref
+
+from unsync._common import (
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FAILED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+    STATE_NAMES,
+    Mirror,
+    TimedOutError,
+    Waiters,
+    already_done_error,
+    awaited_exception,
+    cancelled_error,
+    check_callable,
+    check_exception,
+    close_unstarted,
+    describe,
+    is_awaitable,
+    is_coroutine,
+    logger,
+    mirror_of,
+    orphan_error,
+    outcome_of_asyncio,
+    rebuild,
+    report_unseen_failure,
+    running_loop,
+    wait_for_awaitable,
+    would_deadlock_error,
+)
+
+__all__ = [
+    "BIND_CLASS",
+    "BIND_INSTANCE",
+    "BIND_NOTHING",
+    "JobQueue",
+    "Launcher",
+    "Mailbox",
+    "Route",
+    "Unfuture",
+    "after_fork",
+    "set_home",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
+
+# A drain gives the loop back to its timers and I/O after this many seconds.
+DRAIN_SECONDS = 0.002
+# How many items pass between two looks at the clock.
+DRAIN_STRIDE = 16
+
+# Counts the forks above this process: an Unfuture of an older one has nobody to finish it.
+_generation = 0
+# Guards the moment when a child first looks at one of its parent's Unfutures.
+_fork_lock = threading.RLock()
+
+_home: Mailbox | None = None
+_start_home: Callable[[], Mailbox] | None = None
+
+
+def set_home(mailbox: Mailbox | None, start: Callable[[], Mailbox]) -> None:
+    """Names the ambient loop's mailbox, or with None the function that starts one on first use."""
+    global _home, _start_home
+    _home = mailbox
+    _start_home = start
+
+
+def home() -> Mailbox:
+    """The ambient loop's mailbox; the loop is started if it does not run."""
+    mailbox = _home
+    if mailbox is not None:
+        return mailbox
+    if _start_home is None:
+        raise RuntimeError("no ambient loop has been set up")
+    return _start_home()
+
+
+def after_fork() -> None:
+    """Run in the child: what was pending before the fork will never be finished here."""
+    global _generation, _fork_lock
+    _generation += 1
+    _fork_lock = threading.RLock()
+
+
+def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox:
+    """The mailbox of the loop that runs in this thread.
+
+    The loop owns it, as an attribute: what is never picked up must not outlive the loop, and
+    would as the value of a registry, for it refers to the loop.
+    """
+    mailbox: Mailbox | None = getattr(loop, "_unsync_mailbox", None)
+    if mailbox is None:
+        mailbox = _home if _home is not None and _home.loop is loop else Mailbox(loop)
+        # A loop that takes no attribute has a box for every waiter, and more wakeups.
+        with suppress(AttributeError, TypeError):
+            loop._unsync_mailbox = mailbox  # type: ignore[attr-defined]
+    return mailbox
+
+
+@final
+class Mailbox:
+    """What other threads leave for one event loop, picked up in batches: one wakeup per burst.
+
+    Any thread may leave something. The first item wakes the loop, later ones only join it,
+    until the loop finds the box empty. A closed loop's items are abandoned, each in its own way.
+
+    The loop is held weakly: it owns the mailbox.
+    """
+
+    __slots__ = ("__weakref__", "_armed", "_items", "_loop", "live", "starting", "thread_id")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        # The order of these two operations is the protocol: a poster appends, then reads
+        # `_armed`; the loop clears `_armed`, then looks at the items once more.
+        self._items: deque[Any] = deque()
+        self._armed = False
+        # The ambient loop's thread; None for a foreign loop.
+        self.thread_id: int | None = None
+        # asyncio holds tasks weakly; these have begun and must get to their end.
+        self.live: dict[asyncio.Task[Any], Unfuture[Any]] = {}
+        # The one whose coroutine makes its first step now, perhaps a long one.
+        self.starting: Unfuture[Any] | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        return self._loop()
+
+    def _post(self, item: Any) -> None:
+        """Leaves `item` for the loop; `item._arrive(mailbox)` is called in its thread."""
+        self._items.append(item)
+        if not self._armed:
+            self._armed = True
+            self._wake()
+
+    def _wake(self) -> None:
+        loop = self._loop()
+        try:
+            if loop is None:
+                self.close()
+            elif running_loop() is loop:
+                loop.call_soon(self._drain)
+            else:
+                loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            if loop is not None and not loop.is_closed():
+                raise
+            self.close()
+
+    def _drain(self) -> None:
+        items = self._items
+        until = monotonic() + DRAIN_SECONDS
+        try:
+            while True:
+                for _ in range(DRAIN_STRIDE):
+                    if not items:
+                        self._armed = False
+                        if not items:
+                            return
+                        self._armed = True
+                    items.popleft()._arrive(self)
+                if monotonic() >= until:
+                    break
+        except BaseException:
+            # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the
+            # other items must not suffer.
+            self._wake()
+            raise
+        self._wake()
+
+    def close(self) -> None:
+        """Abandons what is here, and leaves the box so that later items are abandoned too."""
+        while True:
+            self._armed = False
+            try:
+                item = self._items.popleft()
+            except IndexError:
+                return
+            item._abandon()
+
+    def _start(
+        self, unfuture: Unfuture[Any], coro: Coroutine[Any, Any, Any], context: Context
+    ) -> None:
+        """Starts `coro` as a task of this loop, in whose thread this is called."""
+        loop = self._loop()
+        assert loop is not None
+        self.starting = unfuture
+        try:
+            task = _make_task(loop, coro, context)
+        except BaseException as exc:
+            # The first step raised KeyboardInterrupt or SystemExit, or the user's task factory
+            # refused: the caller hears of it, the loop goes on.
+            close_unstarted(coro)
+            unfuture._complete(FAILED, exc)
+        else:
+            if task.done():
+                unfuture._ended_at_once(task)
+            else:
+                self.live[task] = unfuture
+                unfuture._started(task)
+                task.add_done_callback(partial(self._task_done, unfuture), context=context)
+            del task
+        finally:
+            self.starting = None
+            del unfuture  # a failure's traceback may lead to this frame
+
+    def _task_done(self, unfuture: Unfuture[Any], task: asyncio.Task[Any]) -> None:
+        self.live.pop(task, None)
+        unfuture._complete(*outcome_of_asyncio(task))
+
+
+def _make_task(
+    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], context: Context
+) -> asyncio.Task[T]:
+    if loop.get_task_factory() is not None:
+        task: asyncio.Task[T] = context.run(loop.create_task, coro)
+        if hasattr(task, "set_name"):
+            task.set_name(_name_of(coro))
+        return task
+    name = _name_of(coro)
+    if sys.version_info >= (3, 12):
+        # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there
+        # to be asked for it, else asyncio would report that nobody did.
+        task = asyncio.Task.__new__(asyncio.Task)
+        try:
+            task.__init__(coro, loop=loop, name=name, context=context, eager_start=True)  # type: ignore[misc]
+            return task
+        except BaseException:
+            if task.done():
+                outcome_of_asyncio(task)
+            raise
+        finally:
+            # A failed coroutine's frame refers to this one, and the task to the failure.
+            del task
+    if sys.version_info >= (3, 11):
+        return asyncio.Task(coro, loop=loop, name=name, context=context)
+    return context.run(partial(asyncio.Task, coro, loop=loop, name=name))
+
+
+def _name_of(coro: object) -> str:
+    return getattr(coro, "__qualname__", None) or type(coro).__name__
+
+
+class _Waiter:
+    """One who waits for an Unfuture: a link of its chain."""
+
+    __slots__ = ("_next",)
+
+    _next: _Waiter | None
+
+    def _fire(self, unfuture: Unfuture[Any]) -> tuple[Unfuture[Any], _Waiter | None] | None:
+        """Called once, by the thread that finished `unfuture` (or found it done).
+
+        Returns a follower that just got the same outcome, with its waiters, for the caller to
+        fire next: chains are walked with a queue, never by recursion.
+        """
+        raise NotImplementedError
+
+
+@final
+class _Blocked(_Waiter):
+    """A thread that waits in `result()` or `exception()`."""
+
+    __slots__ = ("lock",)
+
+    def __init__(self) -> None:
+        self._next = None
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+    def _fire(self, unfuture: Unfuture[Any]) -> None:
+        self.lock.release()
+
+
+@final
+class _Callback(_Waiter):
+    """A done-callback; bound to the loop that ran where it was added, if one did."""
+
+    __slots__ = ("context", "function", "loop", "mailbox", "unfuture")
+
+    def __init__(
+        self,
+        function: Callable[[Unfuture[Any]], object],
+        context: Context | None,
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self._next = None
+        self.function = function
+        self.context = context
+        self.loop = loop
+        self.mailbox = None if loop is None else _mailbox_of(loop)
+        self.unfuture: Unfuture[Any] | None = None
+
+    def _fire(self, unfuture: Unfuture[Any]) -> None:
+        if self.loop is None:
+            self._call(unfuture)
+        elif running_loop() is self.loop:
+            self._schedule(unfuture)
+        else:
+            self.unfuture = unfuture
+            assert self.mailbox is not None
+            self.mailbox._post(self)
+
+    def _call(self, unfuture: Unfuture[Any]) -> None:
+        try:
+            if self.context is None:
+                self.function(unfuture)
+            else:
+                self.context.run(self.function, unfuture)
+        except BaseException:
+            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+
+    def _schedule(self, unfuture: Unfuture[Any]) -> None:
+        assert self.loop is not None
+        assert self.mailbox is not None
+        ambient = self.mailbox.thread_id is not None
+        function = self._call_in_ambient_loop if ambient else self.function
+        self.loop.call_soon(function, unfuture, context=self.context)
+
+    def _call_in_ambient_loop(self, unfuture: Unfuture[Any]) -> None:
+        try:
+            self.function(unfuture)
+        except (KeyboardInterrupt, SystemExit):
+            # They would leave the loop, where nobody runs it who could hear of them.
+            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+
+    def _arrive(self, mailbox: Mailbox) -> None:
+        assert self.unfuture is not None
+        self._schedule(self.unfuture)
+
+    def _abandon(self) -> None:
+        logger.debug("%r: its loop is closed, the callback is not called", self.function)
+
+
+@final
+class _Park(_Waiter):
+    """One `await`: its iterator, and what the suspended task is parked on.
+
+    It belongs to that one task: `_asyncio_future_blocking` is a handshake between two, and two
+    loops that await one Unfuture would race on it.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_begun",
+        "_context",
+        "_loop",
+        "_mailbox",
+        "_unfuture",
+        "_wakeup",
+    )
+
+    def __init__(self, unfuture: Unfuture[Any]) -> None:
+        self._next = None
+        self._unfuture = unfuture
+        self._begun = False
+        self._asyncio_future_blocking = False
+
+    def __iter__(self) -> _Park:
+        return self
+
+    def __next__(self) -> _Park:
+        unfuture = self._unfuture
+        if unfuture.done():
+            del self  # the traceback of a failure holds this frame
+            try:
+                value = unfuture._awaited()
+            finally:
+                del unfuture
+            raise StopIteration(value)
+        if self._begun:
+            raise RuntimeError("await wasn't used with future")
+        loop = running_loop()
+        if loop is None:
+            raise RuntimeError(f"no running event loop to wait in for {unfuture!r}")
+        unfuture._check_not_own(loop)
+        self._begun = True
+        self._loop = loop
+        self._mailbox = _mailbox_of(loop)
+        self._asyncio_future_blocking = True
+        return self
+
+    # What a task asks of the future that it is parked on.
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(
+        self, function: Callable[[_Park], object], *, context: Context | None = None
+    ) -> None:
+        self._wakeup = function
+        self._context = copy_context() if context is None else context
+        if not self._unfuture._add_waiter(self):
+            self._loop.call_soon(function, self, context=self._context)
+
+    def remove_done_callback(self, function: Callable[[_Park], object]) -> int:
+        return self._unfuture._remove_waiter(self)
+
+    def cancel(self, msg: object = None) -> bool:
+        return self._unfuture.cancel(msg)
+
+    def done(self) -> bool:
+        return self._unfuture._status >= CANCELLED
+
+    def result(self) -> None:
+        """The task only asks whether to go on: `__next__` gives the outcome to its coroutine."""
+
+    # How the end of the wait reaches the task.
+
+    def _fire(self, unfuture: Unfuture[Any]) -> None:
+        if running_loop() is self._loop:
+            self._loop.call_soon(self._wakeup, self, context=self._context)
+        else:
+            self._mailbox._post(self)
+
+    def _arrive(self, mailbox: Mailbox) -> None:
+        try:
+            self._context.run(self._wakeup, self)
+        finally:
+            del self  # a failure's traceback may lead to this frame
+
+    def _abandon(self) -> None:
+        logger.debug("%r: the loop of a task that awaited it is closed", self._unfuture)
+
+
+@final
+class _Follower(_Waiter):
+    """Gives an Unfuture the outcome of the one it waits for."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Unfuture[Any]) -> None:
+        self._next = None
+        self.target = target
+
+    def _fire(self, unfuture: Unfuture[Any]) -> tuple[Unfuture[Any], _Waiter | None] | None:
+        unfuture._unseen = False
+        return _pass_on(unfuture, self.target)
+
+
+@final
+class _Continuation(_Waiter):
+    """What `then` and `map` leave at their source; also what stands behind their Unfuture."""
+
+    __slots__ = ("by_value", "context", "function", "source", "target")
+
+    def __init__(
+        self, source: Unfuture[Any], function: Callable[[Any], Any], by_value: bool
+    ) -> None:
+        self._next = None
+        self.source = source
+        self.function = function
+        self.by_value = by_value
+        self.context = copy_context()
+        self.target: Unfuture[Any] = _blank(Unfuture)
+        self.target._source = self
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+    def _fire(self, unfuture: Unfuture[Any]) -> tuple[Unfuture[Any], _Waiter | None] | None:
+        if unfuture._status != FINISHED:
+            unfuture._unseen = False
+            return _pass_on(unfuture, self.target)
+        try:
+            home()._post(self)
+        except BaseException as exc:
+            # The ambient loop cannot be started: the one who waits must hear of it.
+            self.target._complete(FAILED, exc)
+        return None
+
+    def _arrive(self, mailbox: Mailbox) -> None:
+        target = self.target
+        if not target._begin():
+            return
+        argument = self.source._outcome if self.by_value else self.source
+        context = self.context
+        try:
+            result = context.run(self.function, argument)
+            # In here as well: nobody else would finish the target if this failed.
+            target._resolve(result, context, mailbox)
+        except asyncio.CancelledError as exc:
+            target._complete(CANCELLED, exc.args[0] if exc.args else None)
+        except BaseException as exc:
+            target._complete(FAILED, exc)
+        finally:
+            del self, target  # an error's traceback holds this frame
+
+    def _abandon(self) -> None:
+        self.target._complete(CANCELLED, None)
+
+
+def _pass_on(
+    source: Unfuture[Any], target: Unfuture[Any]
+) -> tuple[Unfuture[Any], _Waiter | None] | None:
+    status, outcome = source._status, source._outcome
+    if status == CANCELLED_AND_NOTIFIED:
+        status = CANCELLED
+    claimed, chain = target._claim(status, outcome)
+    return (target, chain) if claimed else None
+
+
+def _fire_all(unfuture: Unfuture[Any], chain: _Waiter | None) -> None:
+    """Fires a finished Unfuture's waiters in the order they came, then its followers' waiters."""
+    backlog: deque[tuple[Unfuture[Any], _Waiter | None]] | None = None
+    while True:
+        waiter = _oldest_first(chain)
+        while waiter is not None:
+            following, waiter._next = waiter._next, None
+            try:
+                follower = waiter._fire(unfuture)
+            except BaseException:
+                logger.exception("waking %r for %r failed", waiter, unfuture)
+            else:
+                if follower is not None:
+                    if backlog is None:
+                        backlog = deque()
+                    backlog.append(follower)
+            waiter = following
+        if not backlog:
+            return
+        unfuture, chain = backlog.popleft()
+
+
+def _links(chain: _Waiter | None) -> Iterator[_Waiter]:
+    while chain is not None:
+        yield chain
+        chain = chain._next
+
+
+def _oldest_first(chain: _Waiter | None) -> _Waiter | None:
+    first: _Waiter | None = None
+    while chain is not None:
+        following, chain._next = chain._next, first
+        first, chain = chain, following
+    return first
+
+
+@final
+class _Call:
+    """A coroutine that has no task yet, and the context to start it in."""
+
+    __slots__ = ("cancelling", "context", "coro")
+
+    def __init__(self, coro: Coroutine[Any, Any, Any], context: Context) -> None:
+        self.coro = coro
+        self.context = context
+        # The message, in a tuple, of a cancel() that came while the first step was made.
+        self.cancelling: tuple[object] | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.coro)
+
+
+@final
+class _Job:
+    """A function that has not been started, its arguments, and the context to run it in."""
+
+    __slots__ = ("args", "context", "function", "kwargs")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: Context,
+    ) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.context = context
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+
+def _label(source: object) -> str:
+    """What `repr` calls that which is behind an Unfuture."""
+    for kind, label in (
+        (_Call, "coro"),
+        (_Job, "function"),
+        (_Continuation, "continuation"),
+        (Unfuture, "unfuture"),
+        (Mirror, "future"),
+    ):
+        if isinstance(source, kind):
+            return label
+    return "task"
+
+
+def _blank(cls: type[Unfuture[Any]]) -> Unfuture[Any]:
+    unfuture = object.__new__(cls)
+    unfuture._lock = threading.RLock()
+    unfuture._status = PENDING
+    unfuture._generation = _generation
+    unfuture._unseen = False
+    unfuture._outcome = None
+    unfuture._traceback = None
+    unfuture._source = None
+    unfuture._chain = None
+    unfuture._side = None
+    return unfuture
+
+
+class Unfuture(Generic[T]):
+    """One future for both worlds: threads wait on it with `result()`, coroutines `await` it.
+
+    It does what an `asyncio.Future` and a `concurrent.futures.Future` do, at once, and every
+    method may be called from any thread. It is bound to no loop.
+
+    :param source: nothing, for one to set by hand; an asyncio future or task, a concurrent
+        future or another Unfuture, to have the same outcome and pass on cancelling; or a
+        coroutine, to run it in the ambient event loop.
+    :raises TypeError: if `source` is anything else.
+    :raises RuntimeError: if `source` is a pending asyncio future whose loop is closed.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_chain",
+        "_generation",
+        "_lock",
+        "_outcome",
+        "_side",
+        "_source",
+        "_status",
+        "_traceback",
+        "_unseen",
+    )
+
+    # asyncio.isfuture() looks for it. No task is ever parked on the Unfuture itself: see _Park.
+    _asyncio_future_blocking: ClassVar[bool] = False
+
+    _lock: threading.RLock
+    _status: int
+    _generation: int
+    # A failure that nobody has looked at yet.
+    _unseen: bool
+    # The result, the exception, or the message of a cancellation.
+    _outcome: Any
+    _traceback: TracebackType | None
+    # What is behind a pending or running one: see cancel().
+    _source: _Call | _Job | _Continuation | asyncio.Task[Any] | Unfuture[Any] | Mirror | None
+    _chain: _Waiter | None
+    _side: Waiters | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Unfuture[T]:
+        return cast("Unfuture[T]", _blank(cls))
+
+    def __init__(
+        self,
+        source: (
+            asyncio.Future[T]
+            | concurrent.futures.Future[T]
+            | Unfuture[T]
+            | Coroutine[Any, Any, T]
+            | None
+        ) = None,
+    ) -> None:
+        if source is None:
+            return
+        if isinstance(source, Unfuture):
+            self._follow(source)
+        elif is_coroutine(source):
+            mailbox = home()
+            self._source = _Call(cast("Coroutine[Any, Any, T]", source), copy_context())
+            mailbox._post(self)
+        else:
+            mirror = mirror_of(self, source)
+            self._source = mirror
+            mirror.attach()
+
+    @classmethod
+    def from_value(cls, value: T) -> Unfuture[T]:
+        """One that is finished already, with `value` as its result."""
+        unfuture = cls()
+        unfuture.set_result(value)
+        return unfuture
+
+    # Looking at it.
+
+    def result(self, timeout: float | None = None) -> T:
+        """The result, waiting for it as long as it takes or `timeout` seconds.
+
+        It blocks the calling thread, as in concurrent.futures; in `unsync.thread` it never
+        waits, as in asyncio.
+
+        :raises TimeoutError: after `timeout` seconds.
+        :raises InvalidStateError: in `unsync.thread`, if it is not done.
+        :raises CancelledError: if it was cancelled.
+        :raises BaseException: what the function raised.
+        """
+        if self._status < CANCELLED:
+            self._wait(timeout)
+        status = self._status
+        if status == FINISHED:
+            return cast(T, self._outcome)
+        try:
+            if status == FAILED:
+                self._unseen = False
+                raise self._outcome.with_traceback(self._traceback)
+            raise cancelled_error(self._outcome, running_loop() is not None)
+        finally:
+            # The error's traceback holds this frame: it must not hold the Unfuture in turn.
+            del self
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The exception, or None if there is a result; waits as `result` does.
+
+        :raises TimeoutError: after `timeout` seconds.
+        :raises InvalidStateError: in `unsync.thread`, if it is not done.
+        :raises CancelledError: if it was cancelled.
+        """
+        if self._status < CANCELLED:
+            self._wait(timeout)
+        status = self._status
+        if status == FINISHED:
+            return None
+        if status == FAILED:
+            self._unseen = False
+            return cast(BaseException, self._outcome)
+        try:
+            raise cancelled_error(self._outcome, running_loop() is not None)
+        finally:
+            del self
+
+    def done(self) -> bool:
+        """Whether it has a result or an exception or was cancelled."""
+        if self._status < CANCELLED:
+            self._check_fork()
+        return self._status >= CANCELLED
+
+    def running(self) -> bool:
+        """Whether the work behind it has begun and not ended."""
+        unfuture: Unfuture[Any] = self
+        while True:
+            unfuture._check_fork()
+            source = unfuture._source
+            if unfuture._status != PENDING:
+                return unfuture._status == RUNNING
+            if not isinstance(source, Unfuture):
+                return isinstance(source, Mirror) and source.running()
+            unfuture = source
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return CANCELLED <= self._status <= CANCELLED_AND_NOTIFIED
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """The running loop, else the ambient one: an Unfuture can be awaited in every loop."""
+        loop = running_loop()
+        if loop is None:
+            loop = home().loop
+            assert loop is not None
+        return loop
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.
+
+        A cancelled awaiter cancels what it awaits, as in asyncio.
+
+        :raises asyncio.CancelledError: if it was cancelled.
+        :raises BaseException: what the function raised.
+        """
+        return cast("Generator[Any, None, T]", _Park(self))
+
+    def __iter__(self) -> Generator[Any, None, T]:
+        return self.__await__()
+
+    # Setting it.
+
+    def set_result(self, result: T) -> None:
+        """Finishes it with `result`.
+
+        :raises InvalidStateError: if it is done already.
+        """
+        source = self._source
+        if not self._complete(FINISHED, result):
+            raise already_done_error(self)
+        if isinstance(source, Mirror):
+            source.push(FINISHED, result)
+
+    def set_value(self, result: T) -> None:
+        """The same as `set_result`."""
+        self.set_result(result)
+
+    def set_exception(self, exception: BaseException | type[BaseException] | None) -> None:
+        """Finishes it with `exception`, an instance or a class to make one of.
+
+        :raises InvalidStateError: if it is done already.
+        :raises TypeError: if it is no exception.
+        """
+        source = self._source
+        instance = check_exception(exception)
+        if not self._complete(FAILED, instance):
+            raise already_done_error(self)
+        if isinstance(source, Mirror):
+            source.push(FAILED, instance)
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """For executors, as in concurrent.futures: marks it running.
+
+        Returns False if it was cancelled: then its work must not begin.
+
+        :raises RuntimeError: if it is running or finished.
+        """
+        with self._lock:
+            status = self._status
+            if status == PENDING:
+                self._status = RUNNING
+                return True
+            if status == CANCELLED:
+                self._status = CANCELLED_AND_NOTIFIED
+        if CANCELLED <= status <= CANCELLED_AND_NOTIFIED:
+            return False
+        raise RuntimeError(f"this Unfuture is not pending: {self!r}")
+
+    def cancel(self, msg: object = None) -> bool:
+        """Cancels what is behind it; `msg` goes with the CancelledError.
+
+        A coroutine sees `CancelledError` and decides, as in asyncio; work that has not begun
+        never will; the source of a `then` is cancelled with it, as what is awaited would be.
+        A function that already runs in a thread or a process cannot be stopped: a plain thread
+        gets False, as in concurrent.futures; where a loop runs the Unfuture is cancelled and the
+        function's outcome dropped, as in asyncio.
+
+        Returns whether it is, or is being, cancelled.
+        """
+        answer, behind = self._cancel_this(msg)
+        while behind is not None:
+            cancelled, behind = behind._cancel_this(msg)
+            if answer is None:
+                answer = cancelled
+        return bool(answer)
+
+    def _cancel_this(self, msg: object) -> tuple[bool | None, Unfuture[Any] | None]:
+        """Whether this one is cancelled (None: as the next one is), and the next to cancel."""
+        self._check_fork()
+        with self._lock:
+            status = self._status
+            source = self._source
+            if isinstance(source, _Call) and status == RUNNING:
+                source.cancelling = (msg,)
+                return True, None
+        if status >= CANCELLED:
+            return status <= CANCELLED_AND_NOTIFIED, None
+        if isinstance(source, Unfuture):
+            return None, source
+        if isinstance(source, asyncio.Future):
+            self._cancel_task(source, msg)
+            return True, None
+        if status == PENDING:
+            if isinstance(source, Mirror):
+                if source.cancel(msg):
+                    return True, None
+            elif self._complete(CANCELLED, msg, expected=PENDING):
+                return True, source.source if isinstance(source, _Continuation) else None
+            else:
+                return self._cancel_this(msg)  # it began or ended in between
+        if running_loop() is not None:
+            self._complete(CANCELLED, msg)
+        return self.cancelled(), None
+
+    def _cancel_task(self, task: asyncio.Task[Any], msg: object) -> None:
+        loop = task.get_loop()
+        try:
+            if running_loop() is loop:
+                task.cancel(msg)
+            else:
+                loop.call_soon_threadsafe(task.cancel, msg)
+        except RuntimeError:
+            self._complete(CANCELLED, msg)  # the loop is closed, the task will never end
+
+    # Going on from it.
+
+    def add_done_callback(
+        self, fn: Callable[[Unfuture[T]], object], *, context: Context | None = None
+    ) -> None:
+        """Has `fn(unfuture)` called once it is done.
+
+        Added where a loop is running: called in that loop's thread, soon, as in asyncio. Added
+        elsewhere: called by the thread that finishes it, at once if it is done, as in
+        concurrent.futures. What a callback raises is logged and stops no other.
+
+        :param context: the context to call it in; in a loop the default is a copy of the
+            current one.
+        :raises TypeError: if `fn` is not callable.
+        """
+        check_callable("a done-callback", fn)
+        loop = running_loop()
+        if loop is not None and context is None:
+            context = copy_context()
+        callback = _Callback(fn, context, loop)
+        if not self._add_waiter(callback):
+            callback._fire(self)
+
+    def remove_done_callback(self, fn: Callable[[Unfuture[T]], object]) -> int:
+        """Removes every callback that equals `fn`; returns how many there were."""
+        removed: list[_Waiter] = []
+        while True:
+            with self._lock:
+                waiters = list(_links(self._chain))
+            for waiter in waiters:
+                if isinstance(waiter, _Callback) and waiter.function == fn:
+                    break
+            else:
+                return len(removed)
+            if self._remove_waiter(waiter):
+                removed.append(waiter)
+
+    @overload
+    def then(self, continuation: Callable[[Unfuture[T]], Unfuture[R]]) -> Unfuture[R]: ...
+    @overload
+    def then(self, continuation: Callable[[Unfuture[T]], Awaitable[R]]) -> Unfuture[R]: ...
+    @overload
+    def then(self, continuation: Callable[[Unfuture[T]], R]) -> Unfuture[R]: ...
+    def then(self, continuation: Callable[[Unfuture[T]], Any]) -> Unfuture[Any]:
+        """An Unfuture for what `continuation(unfuture)` returns, called once this one has a result.
+
+        It is called in `unsync.thread`, in the current context, with this finished Unfuture. If
+        it returns an awaitable, that one's result counts. It is not called if this one fails or
+        is cancelled: the outcome passes on.
+
+        :raises TypeError: if `continuation` is not callable.
+        """
+        check_callable("a continuation", continuation)
+        return self._continue(continuation, by_value=False)
+
+    @overload
+    def map(self, fn: Callable[[T], Unfuture[R]]) -> Unfuture[R]: ...
+    @overload
+    def map(self, fn: Callable[[T], Awaitable[R]]) -> Unfuture[R]: ...
+    @overload
+    def map(self, fn: Callable[[T], R]) -> Unfuture[R]: ...
+    def map(self, fn: Callable[[T], Any]) -> Unfuture[Any]:
+        """The same as `then`, but `fn` is called with the result.
+
+        :raises TypeError: if `fn` is not callable.
+        """
+        check_callable("a continuation", fn)
+        return self._continue(fn, by_value=True)
+
+    def _continue(self, function: Callable[[Any], Any], by_value: bool) -> Unfuture[Any]:
+        continuation = _Continuation(self, function, by_value)
+        target = continuation.target
+        if not self._add_waiter(continuation):
+            follower = continuation._fire(self)
+            if follower is not None:
+                _fire_all(*follower)
+        return target
+
+    # The room where it changes.
+
+    def _claim(
+        self, status: int, outcome: Any, expected: int | None = None
+    ) -> tuple[bool, _Waiter | None]:
+        """Makes it done, once: (whether it was this call, the waiters to fire)."""
+        self._check_fork()
+        changed = self._change(status, outcome, expected, None)
+        if changed is not None:
+            return changed
+        side = self._side
+        assert side is not None  # once there it stays
+        # concurrent.futures.wait() reads the state and enlists under this condition, so the state
+        # must not change between the two.
+        with side.condition:
+            changed = self._change(status, outcome, expected, side)
+            assert changed is not None
+            if changed[0]:
+                side.tell(self, self._status)
+        return changed
+
+    def _change(
+        self, status: int, outcome: Any, expected: int | None, side: Waiters | None
+    ) -> tuple[bool, _Waiter | None] | None:
+        """The change of state itself; None if `side` is not what belongs to the Unfuture now."""
+        if status == CANCELLED and side is not None:
+            status = CANCELLED_AND_NOTIFIED
+        with self._lock:
+            before = self._status
+            if self._side is not side:
+                return None
+            if before >= CANCELLED or (expected is not None and before != expected):
+                return False, None
+            self._outcome = outcome
+            if status == FAILED:
+                self._traceback = outcome.__traceback__
+                self._unseen = True
+            source, self._source = self._source, None
+            chain, self._chain = self._chain, None
+            # Last: whoever reads it without the lock finds the rest in place.
+            self._status = status
+        if isinstance(source, _Call) and before == PENDING:
+            close_unstarted(source.coro)
+        return True, chain
+
+    def _complete(self, status: int, outcome: Any, expected: int | None = None) -> bool:
+        """Makes it done and tells everybody; False if it was done already."""
+        claimed, chain = self._claim(status, outcome, expected)
+        if chain is not None:
+            _fire_all(self, chain)
+        return claimed
+
+    def _begin(self) -> bool:
+        """Marks it running, unless somebody finished or cancelled it before."""
+        with self._lock:
+            if self._status != PENDING:
+                return False
+            self._status = RUNNING
+            return True
+
+    def _started(self, task: asyncio.Task[Any]) -> None:
+        """In the ambient loop: its coroutine has become `task`."""
+        with self._lock:
+            call = self._source
+            if self._status == RUNNING:
+                self._source = task
+        if isinstance(call, _Call) and call.cancelling is not None:
+            task.cancel(*call.cancelling)
+
+    def _ended_at_once(self, task: asyncio.Task[Any]) -> None:
+        """In the ambient loop: its coroutine's first step was its last."""
+        with self._lock:
+            call = self._source
+        status, outcome = outcome_of_asyncio(task)
+        if status == FINISHED and isinstance(call, _Call) and call.cancelling is not None:
+            # As in asyncio: a task that cancels itself and then returns is cancelled.
+            status, outcome = CANCELLED, call.cancelling[0]
+        self._complete(status, outcome)
+
+    def _arrive(self, mailbox: Mailbox) -> None:
+        """In the ambient loop: starts the coroutine behind it."""
+        source = self._source
+        try:
+            if self._begin():
+                assert isinstance(source, _Call)
+                mailbox._start(self, source.coro, source.context)
+        finally:
+            del self  # a failure's traceback may lead to this frame
+
+    def _abandon(self) -> None:
+        self._complete(CANCELLED, None)
+
+    def _resolve(self, result: Any, context: Context, mailbox: Mailbox) -> None:
+        """In the ambient loop: finishes it with what a continuation returned, flattened."""
+        try:
+            if isinstance(result, Unfuture):
+                self._follow(result)
+            elif asyncio.isfuture(result):
+                self._follow(Unfuture(result))
+            elif is_awaitable(result):
+                coro = result if is_coroutine(result) else wait_for_awaitable(result)
+                with self._lock:
+                    if self._status == RUNNING:
+                        self._source = _Call(coro, context)
+                mailbox._start(self, coro, context)
+            else:
+                self._complete(FINISHED, result)
+        finally:
+            del self  # a failure's traceback may lead to this frame
+
+    def _follow(self, source: Unfuture[Any]) -> None:
+        if source is self:
+            self._complete(
+                FAILED, TypeError("a continuation cannot return the Unfuture that waits for it")
+            )
+            return
+        with self._lock:
+            if self._status >= CANCELLED:
+                return
+            self._source = source
+        follower = _Follower(self)
+        if not source._add_waiter(follower):
+            passed = follower._fire(source)
+            if passed is not None:
+                _fire_all(*passed)
+
+    def _work(self) -> None:
+        """In a worker thread: runs the function behind it, unless it was cancelled."""
+        job = self._source
+        if not self._begin():
+            return
+        assert isinstance(job, _Job)
+        with self._lock:
+            self._source = None
+        try:
+            result = job.context.run(job.function, *job.args, **job.kwargs)
+        except asyncio.CancelledError as exc:
+            # What it waited for was cancelled.
+            self._complete(CANCELLED, exc.args[0] if exc.args else None)
+        except BaseException as exc:
+            self._complete(FAILED, exc)
+        else:
+            self._complete(FINISHED, result)
+        finally:
+            # The error's traceback holds this frame.
+            del self, job
+
+    def _add_waiter(self, waiter: _Waiter) -> bool:
+        """Adds to the chain; False if it is done, and the caller must fire the waiter itself."""
+        self._check_fork()
+        with self._lock:
+            if self._status >= CANCELLED:
+                return False
+            waiter._next = self._chain
+            self._chain = waiter
+            if self._status < CANCELLED:
+                return True
+            # A signal handler finished it between the check and the assignment: the chain was
+            # taken without this one.
+            self._chain = waiter._next = None
+            return False
+
+    def _remove_waiter(self, waiter: _Waiter) -> int:
+        """Takes one out of the chain; 0 if it is not there any more."""
+        with self._lock:
+            before: _Waiter | None = None
+            for link in _links(self._chain):
+                if link is waiter:
+                    if before is None:
+                        self._chain = waiter._next
+                    else:
+                        before._next = waiter._next
+                    waiter._next = None
+                    return 1
+                before = link
+            return 0
+
+    def _wait(self, timeout: float | None) -> None:
+        """Blocks until it is done."""
+        mailbox = _home
+        if mailbox is not None and mailbox.thread_id == get_ident():
+            if not self.done():
+                raise would_deadlock_error(self)
+            return
+        blocked = _Blocked()
+        if not self._add_waiter(blocked):
+            return
+        released = False
+        try:
+            if timeout is None:
+                released = blocked.lock.acquire()
+            else:
+                released = blocked.lock.acquire(True, min(max(timeout, 0), threading.TIMEOUT_MAX))
+        finally:
+            if not released:
+                self._remove_waiter(blocked)
+        if self._status < CANCELLED:
+            raise TimedOutError(f"no outcome after {timeout} seconds: {self!r}")
+
+    def _check_fork(self) -> None:
+        """After a fork: fails it in the child if its work stayed with the parent."""
+        if self._generation == _generation:
+            return
+        with _fork_lock:
+            if self._generation == _generation:
+                return
+            self._generation = _generation
+            self._lock = threading.RLock()  # a thread of the parent may have held it
+            if self._status >= CANCELLED or (self._status == PENDING and self._source is None):
+                return
+            # Who waited is with the parent too.
+            self._chain = self._side = None
+        self._complete(FAILED, orphan_error())
+        self._unseen = False
+
+    def _check_not_own(self, loop: asyncio.AbstractEventLoop) -> None:
+        """For a coroutine that awaits the Unfuture of its own call, and would wait for ever."""
+        if self._status != RUNNING:
+            return
+        source = self._source
+        task = asyncio.current_task(loop)
+        if task is not None and (
+            source is task or (isinstance(source, _Call) and source.coro is task.get_coro())
+        ):
+            raise RuntimeError(f"a coroutine cannot await its own outcome: {self!r}")
+
+    def _awaited(self) -> T:
+        """The outcome as `await` gives it."""
+        status = self._status
+        if status == FINISHED:
+            return cast(T, self._outcome)
+        try:
+            if status == FAILED:
+                self._unseen = False
+                raise awaited_exception(self._outcome.with_traceback(self._traceback))
+            raise cancelled_error(self._outcome, True)
+        finally:
+            del self
+
+    # What the two parents' modules look for.
+
+    @property
+    def _state(self) -> str:
+        return STATE_NAMES[self._status]
+
+    @property
+    def _condition(self) -> threading.Condition:
+        return self._waiting_side().condition
+
+    @property
+    def _waiters(self) -> list[Any]:
+        return self._waiting_side().waiters
+
+    def _waiting_side(self) -> Waiters:
+        self._check_fork()
+        side = Waiters()
+        with self._lock:
+            if self._side is None:
+                self._side = side
+            if self._status == CANCELLED:
+                # No executor will come to say so, and concurrent.futures.wait() would wait for it.
+                self._status = CANCELLED_AND_NOTIFIED
+            return self._side
+
+    @property
+    def _cancel_message(self) -> object:
+        return self._outcome if self.cancelled() else None
+
+    def _make_cancelled_error(self) -> asyncio.CancelledError:
+        return cancelled_error(self._cancel_message, True)
+
+    # What Python looks for.
+
+    def __repr__(self) -> str:
+        source = self._source
+        return describe(self, self._status, self._outcome, _label(source), source)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A finished one pickles with its outcome.
+
+        :raises TypeError: if it is not done.
+        """
+        status = self._status
+        if status < CANCELLED:
+            raise TypeError(
+                f"cannot pickle {self!r}: it has no outcome yet; wait for it, or pass its result"
+            )
+        cls = type(self)
+        arguments = (None if cls is Unfuture else cls, status, self._outcome)
+        return rebuild, arguments, getattr(self, "__dict__", None)
+
+    def __del__(self) -> None:
+        if self._unseen:
+            self._unseen = False
+            mailbox = _home
+            report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
+
+
+@final
+class JobQueue:
+    """The work of a pool's threads: jobs in the order they came, and the workers that are idle.
+
+    :param limit: how many workers there may be.
+    :param spawn: starts a thread that calls `work()`; called by the thread that submits.
+    """
+
+    __slots__ = ("_ended", "_jobs", "_limit", "_lock", "_parked", "_refuse", "_spawn", "_workers")
+
+    def __init__(self, limit: int, spawn: Callable[[], None]) -> None:
+        self._limit = limit
+        self._spawn = spawn
+        # `_lock` guards what follows; reentrant for signal handlers and `__del__`.
+        self._lock = threading.RLock()
+        self._jobs: deque[Unfuture[Any]] = deque()
+        # Each idle worker's own lock; the one that went idle last is woken first.
+        self._parked: list[threading.Lock] = []
+        self._workers = 0
+        self._refuse: Callable[[], Exception] | None = None
+        # Closed, and no worker is left.
+        self._ended = threading.Event()
+
+    def submit(
+        self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Unfuture[T]:
+        """Has a worker call `function(*args, **kwargs)` in a copy of the current context.
+
+        :raises Exception: what `close` was told to refuse with, once the queue is closed.
+        :raises RuntimeError: if there is no worker and none can be started.
+        """
+        unfuture = _blank(Unfuture)
+        unfuture._source = _Job(function, args, kwargs, copy_context())
+        idle = None
+        spawn = False
+        with self._lock:
+            if self._refuse is not None:
+                raise self._refuse()
+            self._jobs.append(unfuture)
+            if self._parked:
+                idle = self._parked.pop()
+            elif self._workers < self._limit:
+                self._workers += 1
+                spawn = True
+        if idle is not None:
+            idle.release()
+        elif spawn:
+            self._add_worker(unfuture)
+        return unfuture
+
+    def _add_worker(self, unfuture: Unfuture[Any]) -> None:
+        try:
+            self._spawn()
+        except BaseException as exc:
+            stranded = self._end_worker(failed=True)
+            if unfuture not in stranded:
+                return  # another worker does it, or did
+            # Who came later counted on the thread that did not start.
+            for other in stranded:
+                if other is not unfuture:
+                    other._complete(FAILED, exc)
+            raise
+
+    def _end_worker(self, failed: bool) -> list[Unfuture[Any]]:
+        """Counts one worker less; if the last one failed, returns the jobs that nobody will do."""
+        stranded: list[Unfuture[Any]] = []
+        with self._lock:
+            self._workers -= 1
+            if self._workers == 0:
+                if failed:
+                    stranded.extend(self._jobs)
+                    self._jobs.clear()
+                if self._refuse is not None:
+                    self._ended.set()
+        return stranded
+
+    def work(self, prepare: Callable[[], object] | None = None) -> None:
+        """A worker's life: runs jobs until the queue is closed and empty.
+
+        :raises BaseException: what `prepare` raised; then no job was taken.
+        """
+        lock = threading.Lock()
+        lock.acquire()
+        try:
+            if prepare is not None:
+                prepare()
+            while True:
+                with self._lock:
+                    unfuture = self._jobs.popleft() if self._jobs else None
+                    if unfuture is None:
+                        if self._refuse is not None:
+                            return
+                        self._parked.append(lock)
+                if unfuture is None:
+                    lock.acquire()
+                else:
+                    unfuture._work()
+                    # An idle worker must not keep the last result alive.
+                    unfuture = None
+        finally:
+            self._end_worker(failed=False)
+
+    def wait(self, timeout: float | None) -> bool:
+        """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
+
+        This counts the workers whose threads are only just being started, too.
+        """
+        return self._ended.wait(timeout)
+
+    def close(self, refuse: Callable[[], Exception]) -> None:
+        """Refuses further jobs with `refuse()`; the workers end when the queue is empty."""
+        with self._lock:
+            if self._refuse is None:
+                self._refuse = refuse
+            if self._workers == 0:
+                self._ended.set()
+            parked, self._parked = self._parked, []
+        for lock in parked:
+            lock.release()
+
+    def cancel_all(self) -> None:
+        """Cancels the jobs that have not begun."""
+        for unfuture in self._take_all():
+            unfuture.cancel()
+
+    def fail_all(self, error: Exception) -> None:
+        """Fails the jobs that have not begun."""
+        for unfuture in self._take_all():
+            unfuture._complete(FAILED, error)
+
+    def _take_all(self) -> list[Unfuture[Any]]:
+        with self._lock:
+            jobs = list(self._jobs)
+            self._jobs.clear()
+        return jobs
+
+    def after_fork(self) -> None:
+        """In the child: the workers, and the jobs that waited for them, stayed with the parent."""
+        self._lock = threading.RLock()
+        self._jobs.clear()
+        self._parked.clear()
+        self._workers = 0
+
+
+@final
+class Route:
+    """Where regular functions go at the moment: `submit(function, args, kwargs)`.
+
+    All functions that share a setting share its route, so that changing the setting is one
+    assignment and a call need not look for it.
+
+    :param owner: what must live as long as the route does.
+    """
+
+    __slots__ = ("_owner", "submit")
+
+    def __init__(
+        self,
+        submit: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Unfuture[Any]],
+        owner: object = None,
+    ) -> None:
+        self.submit = submit
+        self._owner = owner
+
+    def _send(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Unfuture[Any]:
+        while True:
+            submit = self.submit
+            try:
+                return submit(function, args, kwargs)
+            except RuntimeError:
+                # Was the executor shut down and replaced after `submit` had been read?
+                if self.submit == submit:
+                    raise
+
+
+# What a function becomes when it is looked up on an instance or a class.
+BIND_INSTANCE: int = 0
+BIND_CLASS: int = 1
+BIND_NOTHING: int = 2
+
+
+class Launcher(Generic[P, T]):
+    """A function that runs elsewhere: calling it gives an Unfuture at once.
+
+    :param function: a coroutine function if `route` is None, to run in the ambient loop; else a
+        regular function, to be given to `route`.
+    :param binding: what the first argument is when it is looked up on an instance or a class.
+    """
+
+    __slots__ = ("_binding", "_function", "_route")
+
+    def __init__(
+        self, function: Callable[..., Any], route: Route | None, binding: int = BIND_INSTANCE
+    ) -> None:
+        self._function = function
+        self._route = route
+        self._binding = binding
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Unfuture[T]:
+        route = self._route
+        if route is not None:
+            return route._send(self._function, args, kwargs)
+        mailbox = home()
+        coro = self._function(*args, **kwargs)
+        unfuture = _blank(Unfuture)
+        unfuture._source = _Call(coro, copy_context())
+        mailbox._post(unfuture)
+        return unfuture
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        binding = self._binding
+        if binding == BIND_NOTHING:
+            return self
+        if binding == BIND_CLASS:
+            return MethodType(self, type(instance) if owner is None else owner)
+        return self if instance is None else MethodType(self, instance)

@@ -1,0 +1,402 @@
+"""The decorator `unsync` and its settings: decides once, at decoration, how a function will run.
+
+The module's name is that of earlier versions: `from unsync.unsync import Unfuture` works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import functools
+import inspect
+import os
+import pickle
+import threading
+import warnings
+from collections.abc import Callable, Coroutine
+from time import monotonic
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+
+from unsync import _common, executors
+from unsync._ambient import Ambient, LoopFactory
+from unsync._backend import (
+    BIND_CLASS,
+    BIND_INSTANCE,
+    BIND_NOTHING,
+    Launcher,
+    Route,
+    Unfuture,
+    after_fork,
+)
+
+__all__ = ["Unfuture", "unsync"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Threads:
+    """The thread executor in use, and the route of the functions that go there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards the two below, which change together
+        self._executor: concurrent.futures.Executor | None = None
+        self._is_ours = True
+        self.route = Route(self._submit_first)
+
+    @property
+    def executor(self) -> concurrent.futures.Executor:
+        with self._lock:
+            if self._executor is None:
+                self._use(executors.ThreadExecutor(thread_name_prefix="unsync-worker"))
+                self._is_ours = True
+            assert self._executor is not None
+            return self._executor
+
+    @executor.setter
+    def executor(self, executor: concurrent.futures.Executor | None) -> None:
+        with self._lock:
+            if executor is None:
+                self._forget()
+            else:
+                _check_executor("unsync.thread_executor", executor)
+                self._use(executor)
+                self._is_ours = False
+
+    def _forget(self) -> None:
+        self._executor = None
+        self.route.submit = self._submit_first
+
+    def _use(self, executor: concurrent.futures.Executor) -> None:
+        self._executor = executor
+        self.route.submit = _way_into(executor)
+
+    def _submit_first(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Unfuture[Any]:
+        return _way_into(self.executor)(function, args, kwargs)
+
+    def stop(self, timeout: float | None) -> bool:
+        """Ends the executor unless somebody else assigned it; whether it ended in time."""
+        with self._lock:
+            executor = self._executor
+            if executor is None or not self._is_ours:
+                return True
+            self._forget()
+        assert isinstance(executor, executors.ThreadExecutor)
+        executor.shutdown(wait=False, cancel_futures=True)
+        return executor.join(timeout)
+
+    def after_fork(self) -> None:
+        self._lock = threading.RLock()
+
+
+class _Processes:
+    """The process executor in use, and the route of the functions that go there."""
+
+    def __init__(self) -> None:
+        self.pool = executors.ProcessPool()
+        self._assigned: concurrent.futures.Executor | None = None
+        self.route = Route(self.pool.submit)
+
+    @property
+    def executor(self) -> concurrent.futures.Executor:
+        return self.pool.executor if self._assigned is None else self._assigned
+
+    @executor.setter
+    def executor(self, executor: concurrent.futures.Executor | None) -> None:
+        if executor is None:
+            self._assigned = None
+            self.route.submit = self.pool.submit
+        else:
+            _check_executor("unsync.process_executor", executor)
+            self._assigned = executor
+            self.route.submit = _way_into(executor)
+
+
+def _way_into(
+    executor: concurrent.futures.Executor,
+) -> Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Unfuture[Any]]:
+    if type(executor) is executors.ThreadExecutor:
+        return executor.jobs.submit
+    return functools.partial(executors.submit_to, executor)
+
+
+def _check_executor(what: str, executor: object) -> None:
+    if not isinstance(executor, concurrent.futures.Executor):
+        raise TypeError(f"{what} must be a concurrent.futures.Executor, not {executor!r}")
+
+
+_ambient = Ambient()
+_threads = _Threads()
+_processes = _Processes()
+
+
+# One shutdown at a time: the second finds nothing left to end, and so tells the truth.
+_ending = threading.RLock()
+
+
+def _shutdown(timeout: float | None) -> bool:
+    until = None if timeout is None else monotonic() + timeout
+
+    def left() -> float | None:
+        return None if until is None else max(0.0, until - monotonic())
+
+    _ambient.check_not_inside()
+    patience = -1.0 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+    if executors.in_thread_of_a_pool():
+        patience = 0.0  # another shutdown would wait for this thread
+    if not _ending.acquire(timeout=patience):
+        return False
+    try:
+        # Coroutines first: what they await in the executors is cancelled with them.
+        ended = _ambient.stop(left())
+        ended = _threads.stop(left()) and ended
+        ended = _processes.pool.stop(left()) and ended
+        # What ended last may have called a coroutine or a continuation, and so started the loop.
+        return _ambient.stop(left()) and ended
+    finally:
+        _ending.release()
+
+
+def _at_exit() -> None:
+    _common.exiting = True
+    _ambient.stop(executors.EXIT_SECONDS)
+    executors.stop_threads(executors.EXIT_SECONDS)
+    _processes.pool.stop(executors.EXIT_SECONDS)
+    _ambient.stop(executors.EXIT_SECONDS)
+
+
+def _after_fork() -> None:
+    global _ending
+    _ending = threading.RLock()
+    after_fork()
+    _ambient.after_fork()
+    _threads.after_fork()
+    _processes.pool.after_fork()
+    executors.after_fork()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Settings(type):
+    """What is set on the class `unsync` itself, for all functions it marks."""
+
+    @property
+    def loop(cls) -> asyncio.AbstractEventLoop:
+        """The ambient event loop, which runs the coroutines; started on first use."""
+        return _ambient.loop
+
+    @property
+    def thread(cls) -> threading.Thread:
+        """The ambient loop's thread; started on first use."""
+        return _ambient.thread
+
+    @property
+    def loop_factory(cls) -> LoopFactory | None:
+        """Makes the ambient loop, for example `uvloop.new_event_loop`.
+
+        None, the default, means `asyncio.new_event_loop`, so that an installed policy counts.
+
+        :raises RuntimeError: when set after the loop has started.
+        :raises TypeError: when set to what is not callable.
+        """
+        return _ambient.loop_factory
+
+    @loop_factory.setter
+    def loop_factory(cls, factory: LoopFactory | None) -> None:
+        _ambient.loop_factory = factory
+
+    @property
+    def thread_executor(cls) -> concurrent.futures.Executor:
+        """Runs the regular functions: a `ThreadPoolExecutor` made on first use, or any `Executor`.
+
+        Setting it to None brings back the default.
+
+        :raises TypeError: when set to what is no `Executor`.
+        """
+        return _threads.executor
+
+    @thread_executor.setter
+    def thread_executor(cls, executor: concurrent.futures.Executor | None) -> None:
+        _threads.executor = executor
+
+    @property
+    def process_executor(cls) -> concurrent.futures.Executor:
+        """Runs the `cpu_bound` functions: a `ProcessPoolExecutor` made on first use, or any other.
+
+        Setting it to None brings back the default.
+
+        :raises TypeError: when set to what is no `Executor`.
+        """
+        return _processes.executor
+
+    @process_executor.setter
+    def process_executor(cls, executor: concurrent.futures.Executor | None) -> None:
+        _processes.executor = executor
+
+    def shutdown(cls, timeout: float | None = None) -> bool:
+        """Ends everything that was started; the next call starts afresh.
+
+        Coroutines see `CancelledError`, work that has not begun is cancelled, and functions that
+        run are waited for. Executors that were assigned are left to their owners.
+
+        :param timeout: how many seconds to wait in all; None for as long as it takes. After that,
+            processes are terminated, and threads that still run are left behind.
+        :returns: whether everything ended in time.
+        :raises RuntimeError: in `unsync.thread`, which cannot wait for its own end.
+        """
+        return _shutdown(timeout)
+
+
+class _Marked(Launcher[P, T], metaclass=_Settings):
+    """Marks a function: calling it runs it elsewhere and returns an `Unfuture` at once.
+
+    A coroutine function runs in the ambient event loop, in `unsync.thread`; a regular function in
+    `unsync.thread_executor`; one marked `cpu_bound=True` in `unsync.process_executor`. Which of
+    them is decided once, here. Context variables of the caller are seen by the first two.
+
+    It can be written `@unsync`, `@unsync()`, `@unsync(option=...)` or `unsync(function)`, above
+    functions, methods, static- and classmethods (or below those two), builtins,
+    `functools.partial` and other callable objects.
+
+    :param func: the function to mark; left out in the forms with parentheses.
+    :param cpu_bound: run it in a process.
+    :param executor: run it there instead: any `concurrent.futures.Executor`.
+    :raises TypeError: if `func` is not callable; if a coroutine function is to run in an executor;
+        if `executor` is no `Executor`.
+
+    An option that nobody knows is ignored with a `RuntimeWarning` that names it.
+    """
+
+    def __new__(cls, *func: Callable[..., Any], **options: Any) -> Any:
+        if func:
+            return super().__new__(cls)
+        return functools.partial(cls, **options)
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        /,
+        *,
+        cpu_bound: bool = False,
+        executor: concurrent.futures.Executor | None = None,
+        **unknown: object,
+    ) -> None:
+        for option in unknown:
+            warnings.warn(
+                f"unsync() knows no option {option!r}, it is ignored; there are 'cpu_bound' and "
+                "'executor'",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        function, binding = _unbind(func)
+        if not callable(function):
+            raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
+        name = getattr(function, "__qualname__", None) or repr(function)
+        if executor is not None:
+            _check_executor("the option 'executor'", executor)
+        route: Route | None
+        if _is_coroutine_function(function):
+            if cpu_bound or executor is not None:
+                option = "cpu_bound=True" if cpu_bound else "executor="
+                raise TypeError(
+                    f"the coroutine function {name} cannot be marked with {option}: coroutines run "
+                    "in the ambient event loop; make it a regular function or leave that away"
+                )
+            route = None
+        elif executor is not None:
+            route = Route(_way_into(executor), executor)
+        else:
+            route = (_processes if cpu_bound else _threads).route
+        super().__init__(function, route, binding)
+        functools.update_wrapper(self, function)
+
+    def __repr__(self) -> str:
+        return f"<unsync {self.__wrapped__!r}>"  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> str:
+        """It pickles as functions do: by name."""
+        name = getattr(self, "__qualname__", None)
+        if not isinstance(name, str):
+            raise pickle.PicklingError(f"cannot pickle {self!r}: it has no name to be found by")
+        return name
+
+
+def _unbind(func: Any) -> tuple[Any, int]:
+    """The function in a static- or classmethod, and what its first argument will be."""
+    if isinstance(func, staticmethod):
+        return func.__func__, BIND_NOTHING
+    if isinstance(func, classmethod):
+        return func.__func__, BIND_CLASS
+    return func, BIND_INSTANCE
+
+
+def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.iscoroutinefunction(function):
+        return True
+    if inspect.iscoroutinefunction(getattr(type(function), "__call__", None)):  # noqa: B004
+        return True
+    # Compiled coroutine functions say it in asyncio's way.
+    mark = getattr(asyncio.coroutines, "_is_coroutine", None)
+    return mark is not None and getattr(function, "_is_coroutine", None) is mark
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, func: Callable[P, Coroutine[Any, Any, T]], /) -> Launcher[P, T]: ...
+    @overload
+    def __call__(self, func: Callable[P, T], /) -> Launcher[P, T]: ...
+
+
+class _Unsync(Protocol):
+    """`unsync` as type checkers see it: no class can say what calling it gives."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+    @property
+    def thread(self) -> threading.Thread: ...
+    @property
+    def loop_factory(self) -> LoopFactory | None: ...
+    @loop_factory.setter
+    def loop_factory(self, factory: LoopFactory | None) -> None: ...
+    @property
+    def thread_executor(self) -> concurrent.futures.Executor: ...
+    @thread_executor.setter
+    def thread_executor(self, executor: concurrent.futures.Executor | None) -> None: ...
+    @property
+    def process_executor(self) -> concurrent.futures.Executor: ...
+    @process_executor.setter
+    def process_executor(self, executor: concurrent.futures.Executor | None) -> None: ...
+    def shutdown(self, timeout: float | None = None) -> bool: ...
+    @overload
+    def __call__(self, func: Callable[P, Coroutine[Any, Any, T]], /) -> Launcher[P, T]: ...
+    @overload
+    def __call__(
+        self,
+        func: Callable[P, T],
+        /,
+        *,
+        cpu_bound: bool = False,
+        executor: concurrent.futures.Executor | None = None,
+    ) -> Launcher[P, T]: ...
+    @overload
+    def __call__(
+        self,
+        *,
+        cpu_bound: bool = False,
+        executor: concurrent.futures.Executor | None = None,
+    ) -> _Decorator: ...
+
+
+if TYPE_CHECKING:
+    unsync: _Unsync
+else:
+    _Marked.__name__ = _Marked.__qualname__ = "unsync"
+    unsync = _Marked
