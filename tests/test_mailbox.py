@@ -1,0 +1,428 @@
+"""How an event loop hears from other threads: in batches, fairly, and with nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, collect
+
+from unsync import Unfuture, unsync
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    """Counts how often other threads woke it."""
+
+    wakeups = 0
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+        self.wakeups += 1
+        return super().call_soon_threadsafe(*args, **kwargs)
+
+
+@contextmanager
+def held(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """The loop is busy, in one callback, until the block ends."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        leave.wait(PATIENCE)
+
+    loop.call_soon_threadsafe(hold)
+    assert entered.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        leave.set()
+
+
+@pytest.fixture
+def foreign() -> Iterator[CountingLoop]:
+    """A loop that is none of unsync's, running in a thread of its own."""
+    loop = CountingLoop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    loop.close()
+
+
+def gathered_in(loop: asyncio.AbstractEventLoop, waiting: list[Unfuture[Any]]) -> Unfuture[Any]:
+    """The results, gathered in that loop, where all are waited for when this returns."""
+    parked = threading.Event()
+
+    async def gather() -> list[Any]:
+        async def wait(unfuture: Unfuture[Any]) -> Any:
+            return await unfuture
+
+        tasks = [asyncio.ensure_future(wait(unfuture)) for unfuture in waiting]
+        await asyncio.sleep(0)
+        parked.set()
+        return await asyncio.gather(*tasks)
+
+    results = Unfuture(asyncio.run_coroutine_threadsafe(gather(), loop))
+    assert parked.wait(PATIENCE)
+    return results
+
+
+@unsync
+async def give(value: int) -> int:
+    return value
+
+
+# One wakeup per burst.
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_burst_of_calls_wakes_the_busy_loop_once() -> None:
+    unsync.loop_factory = CountingLoop
+    loop = unsync.loop
+    for _ in range(2):  # and the next burst wakes it again
+        with held(loop):
+            before = loop.wakeups
+            calls = [give(number) for number in range(1000)]
+            assert loop.wakeups - before == 1
+        assert [call.result(PATIENCE) for call in calls] == list(range(1000))
+
+
+def test_a_burst_of_outcomes_wakes_a_busy_foreign_loop_once(foreign: CountingLoop) -> None:
+    for _ in range(2):
+        unfutures = [Unfuture[int]() for _ in range(1000)]
+        results = gathered_in(foreign, unfutures)
+        with held(foreign):
+            before = foreign.wakeups
+            for number, unfuture in enumerate(unfutures):
+                unfuture.set_result(number)
+            assert foreign.wakeups - before == 1
+        assert results.result(PATIENCE) == list(range(1000))
+
+
+def test_awaiters_callbacks_and_calls_share_the_wakeup(foreign: CountingLoop) -> None:
+    """A foreign loop has one box for all that waits in it, whatever it waits for."""
+    called = threading.Event()
+    unfutures = [Unfuture[int]() for _ in range(2)]
+    results = gathered_in(foreign, unfutures)
+    added = threading.Event()
+
+    def add() -> None:
+        unfutures[1].add_done_callback(lambda _: called.set())
+        added.set()
+
+    foreign.call_soon_threadsafe(add)
+    assert added.wait(PATIENCE)
+    with held(foreign):
+        before = foreign.wakeups
+        for unfuture in unfutures:
+            unfuture.set_result(1)
+        assert foreign.wakeups - before == 1
+    assert results.result(PATIENCE) == [1, 1]
+    assert called.wait(PATIENCE)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_calls_in_the_loops_own_thread_wake_nobody() -> None:
+    unsync.loop_factory = CountingLoop
+    loop = unsync.loop
+
+    @unsync
+    async def main() -> int:
+        await asyncio.sleep(0)  # from here on the box is empty, and nobody looks into it
+        before = loop.wakeups
+        await asyncio.gather(*[give(number) for number in range(100)])
+        return loop.wakeups - before
+
+    assert main().result(PATIENCE) == 0
+
+
+# Fairness.
+
+
+def test_a_burst_does_not_starve_the_loop() -> None:
+    loop = unsync.loop
+    turns: Counter[str] = Counter()
+
+    def turn(kind: str, again: Callable[..., object]) -> None:
+        turns[kind] += 1
+        if not calls[-1].done():
+            again(turn, kind, again)
+
+    with held(loop):
+        calls = [give(number) for number in range(100_000)]
+        for kind, again in ("call_soon", loop.call_soon), ("timer", partial(loop.call_later, 0)):
+            loop.call_soon_threadsafe(turn, kind, again)
+    assert [call.result(PATIENCE) for call in calls] == list(range(100_000))
+    # A drain without an end would let each have its first turn, and then its last.
+    assert turns["call_soon"] > 3
+    assert turns["timer"] > 3
+
+
+def test_calls_that_make_calls_do_not_starve_the_loop() -> None:
+    """The box is never empty here: each call puts the next one in."""
+    stop = False
+
+    @unsync
+    async def endless() -> None:
+        if not stop:
+            endless()
+
+    def end() -> None:
+        nonlocal stop
+        stop = True
+        ended.set()
+
+    ended = threading.Event()
+    endless()
+    try:
+        unsync.loop.call_soon_threadsafe(end)
+        assert ended.wait(PATIENCE)
+    finally:
+        stop = True
+
+
+# Nothing is lost.
+
+
+def test_what_is_posted_while_the_box_is_emptied_is_picked_up() -> None:
+    ended = threading.Event()
+
+    @unsync
+    async def countdown(number: int) -> None:
+        if number:
+            countdown(number - 1)
+        else:
+            ended.set()
+
+    with held(unsync.loop):
+        for _ in range(10):
+            give(1)
+        countdown(1000)
+    assert ended.wait(PATIENCE)
+
+
+def test_single_posts_find_the_loop_going_to_sleep_and_wake_it() -> None:
+    for number in range(2000):
+        assert give(number).result(PATIENCE) == number
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_resumed_task_that_raises_an_exit_does_not_lose_the_others(
+    kind: type[BaseException],
+) -> None:
+    thread = unsync.thread
+    gate = Unfuture[int]()
+    parked: list[int] = []
+
+    @unsync
+    async def wait(number: int) -> int:
+        parked.append(number)
+        await gate
+        if number % 2:
+            raise kind("leaving")
+        return number
+
+    waiting = [wait(number) for number in range(9)]
+    give(1).result(PATIENCE)
+    give(1).result(PATIENCE)
+    assert len(parked) == 9
+    with held(unsync.loop):
+        gate.set_result(1)  # all nine are in the box at once
+    for number, unfuture in enumerate(waiting):
+        if number % 2:
+            with pytest.raises(kind, match="leaving"):
+                unfuture.result(PATIENCE)
+        else:
+            assert unfuture.result(PATIENCE) == number
+    assert unsync.thread is thread
+
+
+def test_a_first_step_that_raises_an_exit_does_not_lose_the_others() -> None:
+    @unsync
+    async def leave() -> None:
+        raise KeyboardInterrupt("leaving")
+
+    with held(unsync.loop):
+        first, leaving, last = give(1), leave(), give(2)
+    with pytest.raises(KeyboardInterrupt, match="leaving"):
+        leaving.result(PATIENCE)
+    assert (first.result(PATIENCE), last.result(PATIENCE)) == (1, 2)
+
+
+def test_an_exit_in_a_foreign_loop_does_not_lose_the_others() -> None:
+    loop = asyncio.new_event_loop()
+    gate = Unfuture[int]()
+
+    async def wait(number: int) -> int:
+        await gate
+        if number == 1:
+            raise KeyboardInterrupt("leaving")
+        return number
+
+    tasks = [loop.create_task(wait(number)) for number in range(3)]
+    loop.run_until_complete(asyncio.sleep(0))
+    gate.set_result(1)
+    with pytest.raises(KeyboardInterrupt, match="leaving"):
+        loop.run_until_complete(asyncio.wait_for(tasks[2], PATIENCE))
+    assert loop.run_until_complete(asyncio.wait_for(tasks[2], PATIENCE)) == 2
+    assert isinstance(tasks[1].exception(), KeyboardInterrupt)
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+def test_a_waiter_that_cannot_be_told_does_not_lose_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A loop that refuses to be woken, though it is not closed, is that loop's trouble only."""
+
+    class Refusing(asyncio.SelectorEventLoop):
+        refuses = False
+
+        def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+            if self.refuses:
+                raise RuntimeError("not now")
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+    unfuture = Unfuture[int]()
+    loop = Refusing()
+    calls: list[str] = []
+
+    async def add() -> None:
+        unfuture.add_done_callback(lambda _: calls.append("in its loop"))
+
+    unfuture.add_done_callback(lambda _: calls.append("before"))
+    loop.run_until_complete(add())
+    unfuture.add_done_callback(lambda _: calls.append("after"))
+    loop.refuses = True
+    unfuture.set_result(1)
+    loop.close()
+    assert calls == ["before", "after"]
+    assert "not now" in caplog.text
+
+
+# A closed loop's items are abandoned.
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+        collect()
+    assert [str(warning.message) for warning in seen] == []
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_waits_behind_a_blocked_loop_is_cancelled_at_shutdown() -> None:
+    begun: list[int] = []
+
+    @unsync
+    async def begin(number: int) -> None:
+        begun.append(number)
+
+    loop, thread = unsync.loop, unsync.thread
+    with no_warnings():
+        with held(loop):
+            calls = [begin(number) for number in range(100)]
+            continued = Unfuture.from_value(1).map(begun.append)
+            assert not unsync.shutdown(timeout=0)
+            for unfuture in (*calls, continued):
+                assert unfuture.cancelled()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        calls.clear()
+    assert begun == []
+
+
+@pytest.mark.usefixtures("fresh")
+def test_shutdown_leaves_no_call_without_an_outcome() -> None:
+    with no_warnings():
+        with held(unsync.loop):
+            calls = [give(number) for number in range(20_000)]
+            ending = threading.Thread(target=unsync.shutdown, args=(PATIENCE,))
+            ending.start()
+        ending.join(2 * PATIENCE)
+        assert not ending.is_alive()
+        assert all(call.done() for call in calls)
+        calls.clear()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_call_that_comes_too_late_for_the_loop_is_cancelled(kept: bool) -> None:
+    loops = [unsync.loop] if kept else []
+    begun: list[int] = []
+
+    async def begin() -> None:
+        begun.append(1)
+
+    def shut_down_in_between() -> Any:
+        assert unsync.shutdown(PATIENCE)
+        collect()
+        return begin()
+
+    # It says that it is a coroutine function, as compiled ones do.
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(shut_down_in_between)
+    else:
+        shut_down_in_between._is_coroutine = asyncio.coroutines._is_coroutine
+    with no_warnings():
+        assert unsync(shut_down_in_between)().cancelled()
+    assert begun == []
+    assert all(loop.is_closed() for loop in loops)
+    assert give(1).result(PATIENCE) == 1
+
+
+def add_callback(unfuture: Unfuture[int], seen: list[object]) -> None:
+    unfuture.add_done_callback(seen.append)
+
+
+def add_awaiter(unfuture: Unfuture[int], seen: list[object]) -> None:
+    async def wait() -> None:
+        seen.append(await unfuture)
+
+    task = asyncio.ensure_future(wait())
+    unfuture.add_done_callback(lambda _: task)  # asyncio itself would forget it
+
+
+@pytest.mark.parametrize("add", [add_callback, add_awaiter])
+@pytest.mark.parametrize("closed_before", [True, False])
+def test_what_waits_in_a_closed_loop_is_dropped_without_noise(
+    add: Callable[[Unfuture[int], list[object]], None],
+    closed_before: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "unsync")
+    seen: list[object] = []
+    unfuture = Unfuture[int]()
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # of a task that is destroyed while it waits
+
+    async def main() -> None:
+        add(unfuture, seen)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    loop.run_until_complete(main())
+    if closed_before:
+        loop.close()
+        unfuture.set_result(1)
+        assert "loop is closed" in caplog.text
+        assert "loop of a task that awaited it is closed" in caplog.text or add is add_callback
+    else:
+        unfuture.set_result(1)  # the loop was told, but never gets to look
+        loop.close()
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+    assert seen == []
+    assert unfuture.result(0) == 1
