@@ -27,13 +27,25 @@ since_313 = pytest.mark.skipif(sys.version_info < (3, 13), reason="came with Pyt
 # Where a coroutine can run.
 
 
+async def bounded(waiting: Awaitable[Any]) -> Any:
+    """Fails after PATIENCE seconds, and stops the loop if not even that gets through."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        loop.stop()
+        loop.call_later(1, stop)
+
+    loop.call_later(2 * PATIENCE, stop)
+    return await asyncio.wait_for(waiting, PATIENCE)
+
+
 def in_this_thread(main: Main) -> Any:
-    return asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    return asyncio.run(bounded(main()))
 
 
 def in_another_thread(main: Main) -> Any:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(in_this_thread, main).result(2 * PATIENCE)
+        return pool.submit(in_this_thread, main).result(3 * PATIENCE)
 
 
 def in_the_ambient_loop(main: Main) -> Any:
@@ -44,7 +56,7 @@ def in_uvloop(main: Main) -> Any:
     uvloop = pytest.importorskip("uvloop")
     loop = uvloop.new_event_loop()
     try:
-        return loop.run_until_complete(asyncio.wait_for(main(), PATIENCE))
+        return loop.run_until_complete(bounded(main()))
     finally:
         loop.close()
 
@@ -431,7 +443,7 @@ def test_await_in_debug_mode(kind: Callable[[], Pending]) -> None:
         call_in_thread(finish)
         return await task, await unfuture
 
-    assert asyncio.run(asyncio.wait_for(main(), PATIENCE), debug=True) == (42, 42)
+    assert asyncio.run(bounded(main()), debug=True) == (42, 42)
 
 
 @pytest.mark.parametrize("change", [lambda one: one.set_result(42), lambda one: one.cancel()])
@@ -447,7 +459,7 @@ def test_a_wrapped_future_is_touched_in_its_own_loop(
         assert future.done()
         assert task.cancelled() or task.result() == 42
 
-    asyncio.run(asyncio.wait_for(main(), PATIENCE), debug=True)
+    asyncio.run(bounded(main()), debug=True)
 
 
 def test_a_future_of_one_loop_is_awaited_in_another() -> None:
@@ -792,7 +804,7 @@ def test_run_until_complete_takes_a_coroutine_that_awaits_one() -> None:
         with pytest.raises(ValueError, match="different loop"):
             loop.run_until_complete(unfuture)
         finish()
-        assert loop.run_until_complete(asyncio.wait_for(value_of(unfuture), PATIENCE)) == 42
+        assert loop.run_until_complete(bounded(unfuture)) == 42
     finally:
         loop.close()
 

@@ -821,9 +821,12 @@ def contend(
     return [any(column) for column in zip(*answers, strict=True)]
 
 
+@pytest.mark.parametrize("_round", range(8))
 @pytest.mark.usefixtures("restless")
-def test_jobs_are_either_run_or_cancelled_though_many_threads_cancel_them(in_thread: Any) -> None:
-    count, workers = 500, 3
+def test_jobs_are_either_run_or_cancelled_though_many_threads_cancel_them(
+    in_thread: Any, _round: int
+) -> None:
+    count, workers = 200, 3
     ran: list[int] = []
     ended: list[Unfuture[None]] = []
     gate = threading.Event()
@@ -841,11 +844,12 @@ def test_jobs_are_either_run_or_cancelled_though_many_threads_cancel_them(in_thr
     assert len(ran) == len(set(ran))
 
 
+@pytest.mark.parametrize("_round", range(8))
 @pytest.mark.usefixtures("restless")
 def test_coroutines_end_once_and_run_unless_cancelled_though_many_threads_cancel_them(
-    in_thread: Any,
+    in_thread: Any, _round: int
 ) -> None:
-    count = 500
+    count = 200
     ran: list[int] = []
     ended: list[Unfuture[None]] = []
 

@@ -33,8 +33,9 @@ def finish(future: Either, outcome: str) -> None:
         future.exception()
     else:
         future.cancel()
-        # For concurrent.futures' own: it counts as done once an executor has seen it.
-        future.set_running_or_notify_cancel()
+        if isinstance(future, Future):
+            # It counts as done only once an executor has seen it.
+            future.set_running_or_notify_cancel()
 
 
 def finished(outcome: str) -> Unfuture[int]:
@@ -44,9 +45,9 @@ def finished(outcome: str) -> Unfuture[int]:
 
 
 def is_waited_for(future: Either) -> bool:
-    """Whether wait() or as_completed() has enlisted itself."""
+    """Whether wait() or as_completed() has enlisted itself, and was not told to go on."""
     with future._condition:
-        return bool(future._waiters)
+        return [waiter.event.is_set() for waiter in future._waiters] == [False]
 
 
 def wait_in_thread(

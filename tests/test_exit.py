@@ -613,7 +613,7 @@ def test_a_failure_raised_by_result_keeps_its_status_and_is_reported_once(run_py
     done = run_python(program, *FLAGS)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
-    assert done.stderr.endswith("ZeroDivisionError: integer division or modulo by zero\n")
+    assert done.stderr.endswith(" by zero\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

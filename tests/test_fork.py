@@ -24,10 +24,11 @@ FLAGS = ("-X", "dev", "-W", "ignore:This process:DeprecationWarning")
 # What asyncio's debug mode, part of the development mode, says on a machine under load.
 SLOW = re.compile(r"^Executing <.*> took \d+\.\d+ seconds\n", re.MULTILINE)
 
-# The beginning of every program.
+# The beginning of every program. Without a guard for its main part, it needs the fork method.
 PRELUDE = """
 import asyncio
 import concurrent.futures
+import multiprocessing
 import os
 import signal
 import sys
@@ -36,6 +37,9 @@ import time
 import traceback
 
 from unsync import Unfuture, unsync
+
+if "START_METHOD" not in os.environ:
+    multiprocessing.set_start_method("fork")
 
 
 @unsync

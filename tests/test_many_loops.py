@@ -9,7 +9,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,20 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
         return [future.result(3 * PATIENCE) for future in futures]
 
 
+async def bounded(waiting: Awaitable[Any]) -> Any:
+    """Fails after PATIENCE seconds, and stops the loop if not even that gets through."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        loop.stop()
+        loop.call_later(1, stop)
+
+    loop.call_later(2 * PATIENCE, stop)
+    return await asyncio.wait_for(waiting, PATIENCE)
+
+
 def in_own_loop(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    return asyncio.run(asyncio.wait_for(main(), 2 * PATIENCE))
+    return asyncio.run(bounded(main()))
 
 
 def in_ambient_loop(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -492,7 +504,7 @@ def test_a_loop_closed_with_waiters_in_it_takes_nobody_else_with_it(
     unfuture.set_result(1)
     assert (first.result(PATIENCE), continued.result(PATIENCE), last.result(PATIENCE)) == (1, 2, 1)
     assert called == [unfuture] * 2
-    assert asyncio.run(asyncio.wait_for(wait([]), PATIENCE)) == 1
+    assert asyncio.run(bounded(wait([]))) == 1
     assert (there, task.done()) == ([], False)
     assert caplog.records == []
 
@@ -530,7 +542,7 @@ def test_a_loop_goes_on_in_another_thread() -> None:
         return await unfuture, threading.current_thread()
 
     def run(task: asyncio.Future[Any]) -> Any:
-        return loop.run_until_complete(asyncio.wait_for(task, PATIENCE))
+        return loop.run_until_complete(bounded(task))
 
     tasks = [loop.create_task(wait(gate)) for gate in gates]
     try:
@@ -561,7 +573,7 @@ def test_one_thread_runs_several_loops_in_turn() -> None:
             loop.run_until_complete(asyncio.sleep(0))
         at_once(lambda: unfuture.set_result(1))
         for loop, task in zip(loops * 2, tasks, strict=True):
-            assert loop.run_until_complete(asyncio.wait_for(task, PATIENCE)) == 1
+            assert loop.run_until_complete(bounded(task)) == 1
     finally:
         for loop in loops:
             loop.close()
@@ -580,7 +592,7 @@ def test_a_loop_that_takes_no_attributes_can_await() -> None:
         return await asyncio.gather(*[suspended_call(1) for _ in range(10)], thread_function(2))
 
     try:
-        assert loop.run_until_complete(asyncio.wait_for(main(), PATIENCE)) == [1] * 10 + [2]
+        assert loop.run_until_complete(bounded(main())) == [1] * 10 + [2]
     finally:
         loop.close()
 

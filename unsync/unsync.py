@@ -316,8 +316,14 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         super().__init__(function, route, binding)
         functools.update_wrapper(self, function)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__annotations__":
+            # From Python 3.14 on they are not copied but evaluated when somebody asks.
+            return self.__wrapped__.__annotations__
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
-        return f"<unsync {self.__wrapped__!r}>"  # type: ignore[attr-defined]
+        return f"<unsync {self.__wrapped__!r}>"
 
     def __reduce__(self) -> str:
         """It pickles as functions do: by name."""
