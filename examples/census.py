@@ -129,7 +129,7 @@ def start_processes() -> None:
             initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
         )
         unsync.process_executor = executor
-        wait([executor.submit(int) for _ in range(os.cpu_count() or 1)])  # each starts one
+        wait([executor.submit(int) for _ in range(os.cpu_count() or 1)])  # so they start now
     finally:
         signal.signal(signal.SIGINT, handler)
         if interrupts:

@@ -245,6 +245,7 @@ def test_the_same_one_can_be_awaited_again(run: Callable[[Main], Any]) -> None:
 
 
 def test_many_awaiters_in_several_loops_at_once() -> None:
+    pytest.importorskip("uvloop")
     unfuture = Unfuture[object]()
     value = object()
     waiting = [threading.Event() for _ in range(4)]

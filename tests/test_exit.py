@@ -380,6 +380,12 @@ def test_running_and_queued_process_work_ends_with_its_processes(
     assert_gone(end(LONG_WORK.format(before="", chain=""), START_METHOD=method))
 
 
+def test_queued_process_work_is_cancelled(end: Callable[..., str]) -> None:
+    chain = "work[-1].add_done_callback(lambda unfuture: print(unfuture.cancelled(), end=' '))"
+    output = end(LONG_WORK.format(before="", chain=chain), START_METHOD=START_METHODS[0])
+    assert "True" in output
+
+
 def test_process_work_that_others_go_on_from_is_no_news(end: Callable[..., str]) -> None:
     program = LONG_WORK.format(before="", chain="chained = [each.then(print) for each in work]")
     assert_gone(end(program, START_METHOD=START_METHODS[0]))
@@ -484,8 +490,7 @@ def call_all():
 TOO_LATE = re.compile(
     r"(coroutine|function|process) RuntimeError "
     r"(can't (start|create) new thread at interpreter shutdown"
-    r"|cannot schedule new futures after (interpreter )?shutdown"
-    r"|can't register atexit after shutdown)"
+    r"|cannot schedule new futures after (interpreter )?shutdown)"
 )
 
 
@@ -698,5 +703,10 @@ def test_after_a_shutdown_that_gave_up(timeout: str, end: Callable[..., str]) ->
 
 
 def test_what_a_shutdown_gave_up_on_is_cancelled(end: Callable[..., str]) -> None:
-    program = BLOCKED + "unsync.shutdown(timeout=0.1)\nprint(blocking.cancelled())"
-    assert end(program) == "True\n"
+    program = f"""
+{BLOCKED}
+behind = [hour(), hour().then(print)]
+unsync.shutdown(timeout=0.1)
+print([each.cancelled() for each in (blocking, *behind)])
+"""
+    assert end(program) == "[True, True, True]\n"

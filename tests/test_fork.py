@@ -28,6 +28,7 @@ SLOW = re.compile(r"^Executing <.*> took \d+\.\d+ seconds\n", re.MULTILINE)
 PRELUDE = """
 import asyncio
 import concurrent.futures
+import gc
 import multiprocessing
 import os
 import signal
@@ -429,12 +430,13 @@ assert unfuture.result(10) == "parent"
 def test_what_nobody_looks_at_in_the_child_is_not_reported_there(end: Callable[..., str]) -> None:
     end(f"""
 {PARENTS_WORK}
-unfuture = make_running_coroutine()
+unfuture = make_queued_function()
 
 def child():
     global unfuture
-    unfuture.done()
+    assert unfuture.done()
     del unfuture
+    gc.collect()
 
 fork(child)
 let_go()
@@ -556,6 +558,31 @@ for thread in threads:
     thread.join(15)
     assert not thread.is_alive()
 use_all()
+""")
+
+
+def test_forks_while_other_threads_touch_the_settings(end: Callable[..., str]) -> None:
+    end("""
+stop = threading.Event()
+
+def touch():
+    while not stop.is_set():
+        unsync.loop, unsync.thread, unsync.thread_executor, unsync.process_executor
+
+def child():
+    touched = unsync.loop, unsync.thread, unsync.thread_executor, unsync.process_executor
+    assert coroutine().result(10) == 2
+
+threads = [threading.Thread(target=touch) for _ in range(2)]
+for thread in threads:
+    thread.start()
+try:
+    for _ in range(20):
+        fork(child)
+finally:
+    stop.set()
+for thread in threads:
+    thread.join(15)
 """)
 
 

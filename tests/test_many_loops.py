@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -19,6 +20,15 @@ from conftest import PATIENCE, collect, wait_until
 from unsync import Unfuture, unsync
 
 THREADS = 4
+
+
+@pytest.fixture(autouse=True)
+def _hurry() -> Iterator[None]:
+    """Threads take turns so often that they meet in the narrowest places."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def at_once(*functions: Callable[[], Any]) -> list[Any]:
@@ -340,28 +350,50 @@ def test_every_outcome_arrives_exactly_once() -> None:
 
 
 def test_many_loops_await_the_same_ones() -> None:
-    unfutures = [Unfuture[int]() for _ in range(500)]
+    count, stride = 500, 25
+    unfutures = [Unfuture[int]() for _ in range(count)]
+    arrived = [threading.Semaphore(0) for _ in range(0, count, stride)]
 
-    async def main() -> list[int]:
-        return [await unfuture for unfuture in unfutures]
+    async def one_by_one() -> list[int]:
+        results = []
+        for number, unfuture in enumerate(unfutures):
+            if number % stride == 0:
+                arrived[number // stride].release()
+            results.append(await unfuture)
+        return results
 
     async def all_at_once() -> list[int]:
-        return await asyncio.gather(*unfutures)
+        waiting = asyncio.gather(*unfutures)
+        for place in arrived:
+            place.release()
+        return await waiting
+
+    def in_thread() -> list[int]:
+        results = []
+        for number, unfuture in enumerate(unfutures):
+            if number % stride == 0:
+                arrived[number // stride].release()
+            results.append(unfuture.result(PATIENCE))
+        return results
 
     def finish() -> None:
         for number, unfuture in enumerate(unfutures):
+            if number % stride == 0:
+                # All are about to wait for this one; on the next ones they meet as it comes.
+                for _ in range(5):
+                    assert arrived[number // stride].acquire(timeout=PATIENCE)
             unfuture.set_result(number)
 
     *results, nothing = at_once(
-        lambda: in_own_loop(main),
+        lambda: in_own_loop(one_by_one),
         lambda: in_own_loop(all_at_once),
-        lambda: in_ambient_loop(main),
+        lambda: in_ambient_loop(one_by_one),
         lambda: in_ambient_loop(all_at_once),
-        lambda: [unfuture.result(PATIENCE) for unfuture in unfutures],
+        in_thread,
         finish,
     )
     assert nothing is None
-    assert results == [list(range(500))] * 5
+    assert results == [list(range(count))] * 5
 
 
 def test_one_of_those_who_finish_it_wins_and_all_see_the_same() -> None:

@@ -1114,7 +1114,8 @@ class Unfuture(Generic[T]):
         with self._lock:
             self._source = None
         try:
-            result = job.context.run(job.function, *job.args, **job.kwargs)
+            # A partial, since PyPy's Context.run() has names for its own arguments.
+            result = job.context.run(partial(job.function, *job.args, **job.kwargs))
         except asyncio.CancelledError as exc:
             # What it waited for was cancelled.
             self._complete(CANCELLED, exc.args[0] if exc.args else None)

@@ -259,7 +259,8 @@ class ContextCall:
         self._context = context
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self._context.run(self._function, *args, **kwargs)
+        # A partial, since PyPy's Context.run() has names for its own arguments.
+        return self._context.run(partial(self._function, *args, **kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _identity, (reference_to(self._function),)
@@ -319,8 +320,17 @@ class ProcessPool:
     def executor(self) -> concurrent.futures.ProcessPoolExecutor:
         with self._lock:
             if self._executor is None:
-                self._executor = concurrent.futures.ProcessPoolExecutor()
-                _register_process_exit(self)
+                try:
+                    executor = concurrent.futures.ProcessPoolExecutor()
+                    _register_process_exit(self)
+                except RuntimeError as exc:
+                    if "shutdown" not in str(exc):
+                        raise
+                    # Neither concurrent.futures' exit hook nor ours can be registered any more.
+                    raise RuntimeError(
+                        "cannot schedule new futures after interpreter shutdown"
+                    ) from exc
+                self._executor = executor
             return self._executor
 
     def submit(
