@@ -121,8 +121,8 @@ class Ambient:
     """Holds the ambient loop, if there is one, and how to make the next."""
 
     def __init__(self) -> None:
-        # Guards `_current` and `_factory`.
-        self._lock = threading.RLock()
+        # Guards `_current` and `_factory`; held over a fork.
+        self.lock = threading.RLock()
         self._current: _AmbientLoop | None = None
         self._factory: LoopFactory | None = None
         # What a parent process left: its loop must be neither used nor closed here.
@@ -133,7 +133,7 @@ class Ambient:
         return self._running().mailbox
 
     def _running(self) -> _AmbientLoop:
-        with self._lock:
+        with self.lock:
             current = self._current
             if current is not None:
                 return current
@@ -166,7 +166,7 @@ class Ambient:
     def loop_factory(self, factory: LoopFactory | None) -> None:
         if factory is not None and not callable(factory):
             raise TypeError(f"unsync.loop_factory must be callable or None, not {factory!r}")
-        with self._lock:
+        with self.lock:
             if self._current is not None:
                 raise RuntimeError(
                     "unsync.loop_factory was set after the ambient loop had started; set it before "
@@ -194,14 +194,14 @@ class Ambient:
 
     def _forget(self, ambient: _AmbientLoop) -> None:
         """The next call starts another one."""
-        with self._lock:
+        with self.lock:
             if self._current is ambient:
                 self._current = None
                 set_home(None, self._start)
 
     def after_fork(self) -> None:
         """In the child: the thread stayed with the parent, and so did its loop's descriptors."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         inherited, self._current = self._current, None
         set_home(None, self._start)
         if inherited is not None:

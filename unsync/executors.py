@@ -311,14 +311,14 @@ class ProcessPool:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards _executor
+        self.lock = threading.RLock()  # guards _executor; held over a fork
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
         # Left by a parent process: kept, since ending it here would speak to the parent's workers.
         self._inherited: list[concurrent.futures.ProcessPoolExecutor] = []
 
     @property
     def executor(self) -> concurrent.futures.ProcessPoolExecutor:
-        with self._lock:
+        with self.lock:
             if self._executor is None:
                 try:
                     executor = concurrent.futures.ProcessPoolExecutor()
@@ -341,7 +341,7 @@ class ProcessPool:
             return submit_to(executor, function, args, kwargs)
         except concurrent.futures.BrokenExecutor:
             # A worker died; those who had work there have been told. This call is not one of them.
-            with self._lock:
+            with self.lock:
                 if self._executor is executor:
                     self._executor = None
             executor.shutdown(wait=False)
@@ -352,7 +352,7 @@ class ProcessPool:
 
         Returns whether everything ended in time.
         """
-        with self._lock:
+        with self.lock:
             executor, self._executor = self._executor, None
         if executor is None:
             return True
@@ -379,7 +379,7 @@ class ProcessPool:
 
     def after_fork(self) -> None:
         """In the child: the pool's processes are the parent's children, not ours."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         executor, self._executor = self._executor, None
         if executor is not None:
             self._inherited.append(executor)

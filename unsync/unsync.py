@@ -40,14 +40,14 @@ class _Threads:
     """The thread executor in use, and the route of the functions that go there."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards the two below, which change together
+        self.lock = threading.RLock()  # guards what follows; held over a fork
         self._executor: concurrent.futures.Executor | None = None
         self._is_ours = True
         self.route = Route(self._submit_first)
 
     @property
     def executor(self) -> concurrent.futures.Executor:
-        with self._lock:
+        with self.lock:
             if self._executor is None:
                 self._use(executors.ThreadExecutor(thread_name_prefix="unsync-worker"))
                 self._is_ours = True
@@ -56,7 +56,7 @@ class _Threads:
 
     @executor.setter
     def executor(self, executor: concurrent.futures.Executor | None) -> None:
-        with self._lock:
+        with self.lock:
             if executor is None:
                 self._forget()
             else:
@@ -79,7 +79,7 @@ class _Threads:
 
     def stop(self, timeout: float | None) -> bool:
         """Ends the executor unless somebody else assigned it; whether it ended in time."""
-        with self._lock:
+        with self.lock:
             executor = self._executor
             if executor is None or not self._is_ours:
                 return True
@@ -89,7 +89,7 @@ class _Threads:
         return executor.join(timeout)
 
     def after_fork(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
 
 class _Processes:
@@ -168,6 +168,20 @@ def _at_exit() -> None:
     _ambient.stop(executors.EXIT_SECONDS)
 
 
+def _before_fork() -> None:
+    # No other thread may be in the middle of starting something: what it holds, the lock of an
+    # import included, would be held in the child for ever.
+    _ambient.lock.acquire()
+    _processes.pool.lock.acquire()
+    _threads.lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    _threads.lock.release()
+    _processes.pool.lock.release()
+    _ambient.lock.release()
+
+
 def _after_fork() -> None:
     global _ending
     _ending = threading.RLock()
@@ -180,7 +194,11 @@ def _after_fork() -> None:
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork,
+    )
 
 
 class _Settings(type):
