@@ -956,3 +956,36 @@ def test_calls_during_a_shutdown_end_one_way_or_the_other(in_thread: InThread) -
         for thread in threads:
             thread.join(PATIENCE)
     assert set(results) == {3}
+
+
+@pytest.mark.usefixtures("fresh")
+def test_an_interrupted_start_of_the_loop_is_used_by_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _ = unsync.loop
+
+    @unsync
+    async def coroutine() -> threading.Thread:
+        return threading.current_thread()
+
+    assert coroutine().result(PATIENCE) is unsync.thread
+    assert [thread.name for thread in threading.enumerate()].count("unsync") == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_default_process_pool_is_replaced_after_somebody_shut_it_down() -> None:
+    marked = unsync(cpu_bound=True)(abs)
+    assert marked(-1).result(PATIENCE) == 1
+    shut_down = unsync.process_executor
+    shut_down.shutdown()
+    assert marked(-2).result(PATIENCE) == 2
+    assert unsync.process_executor is not shut_down

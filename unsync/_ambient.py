@@ -15,6 +15,8 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 # What the thread may take, beyond the grace given to coroutines, to close its loop.
 _CLOSING_SECONDS = 0.5
+# How long a thread whose start was interrupted may take to show that it runs.
+_STARTING_SECONDS = 0.2
 
 
 class _AmbientLoop:
@@ -28,6 +30,8 @@ class _AmbientLoop:
         self.mailbox = Mailbox(loop)
         # Daemonic: a coroutine that blocks must not keep the process from its end.
         self.thread = threading.Thread(target=self._run, name="unsync", daemon=True)
+        # Set by the thread as soon as it runs.
+        self.begun = threading.Event()
         # These two are set before the loop is stopped, by whoever stops it first.
         self._until: float | None = None
         self._stopping = False
@@ -37,6 +41,7 @@ class _AmbientLoop:
         self._all_ended = True
 
     def _run(self) -> None:
+        self.begun.set()
         asyncio.set_event_loop(self.loop)
         self.mailbox.thread_id = threading.get_ident()
         try:
@@ -144,11 +149,18 @@ class Ambient:
             try:
                 current.thread.start()
             except BaseException:
-                loop.close()
+                # Ctrl-C, too, may end the wait for a thread that has started and goes on.
+                if current.begun.wait(_STARTING_SECONDS):
+                    self._use(current)
+                else:
+                    loop.close()
                 raise
-            self._current = current
-            set_home(current.mailbox, self._start)
+            self._use(current)
             return current
+
+    def _use(self, ambient: _AmbientLoop) -> None:
+        self._current = ambient
+        set_home(ambient.mailbox, self._start)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

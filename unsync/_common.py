@@ -179,9 +179,7 @@ def report_unseen_failure(
     The ambient loop's exception handler hears of it in the loop's own thread; without a usable
     loop the same words go to the log. What broke only because the interpreter exits is no news.
     """
-    if exiting and isinstance(
-        exc, (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError)
-    ):
+    if exiting and _is_of_the_exit(exc):
         return
     context: dict[str, Any] = {
         "message": f"{type(unfuture).__name__} exception was never retrieved",
@@ -199,6 +197,13 @@ def report_unseen_failure(
         else:
             return
     logger.error("%s\nfuture: %r", context["message"], unfuture, exc_info=exc)
+
+
+def _is_of_the_exit(exc: BaseException) -> bool:
+    """Whether it only says that its work came too late for this interpreter."""
+    if isinstance(exc, (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError)):
+        return True
+    return isinstance(exc, RuntimeError) and "after interpreter shutdown" in str(exc)
 
 
 def rebuild(cls: type[Unfuture[Any]] | None, status: int, outcome: Any) -> Unfuture[Any]:

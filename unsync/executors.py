@@ -339,8 +339,13 @@ class ProcessPool:
         executor = self.executor
         try:
             return submit_to(executor, function, args, kwargs)
-        except concurrent.futures.BrokenExecutor:
-            # A worker died; those who had work there have been told. This call is not one of them.
+        except RuntimeError as exc:
+            if not (
+                isinstance(exc, concurrent.futures.BrokenExecutor) or executor._shutdown_thread
+            ):
+                raise
+            # A worker died, and those who had work there have been told; or somebody shut the pool
+            # down. Either way this call is not concerned.
             with self.lock:
                 if self._executor is executor:
                     self._executor = None
