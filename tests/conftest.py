@@ -6,6 +6,7 @@ cannot pass unnoticed.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import subprocess
@@ -15,11 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 import unsync as package
 from unsync import unsync
+
+Loop = TypeVar("Loop", bound=asyncio.AbstractEventLoop)
 
 CORE = "compiled" if package.ACCELERATED else "pure"
 
@@ -84,6 +88,17 @@ def wait_until(condition: Callable[[], object], what: str = "the condition") -> 
     while not condition():
         assert time.monotonic() < until, f"{what} did not come true in {PATIENCE} s"
         time.sleep(0.001)
+
+
+def running(loop: Loop) -> Iterator[Loop]:
+    """The body of a fixture: the loop, running in a thread of its own until the test ends."""
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    loop.close()
 
 
 def collect() -> None:

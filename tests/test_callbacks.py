@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
-from conftest import PATIENCE, collect, wait_until
+from conftest import PATIENCE, collect, running, wait_until
 
 from unsync import Unfuture, unsync
 
@@ -43,24 +43,12 @@ def new_uvloop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def run_loop(make: Callable[[], asyncio.AbstractEventLoop]) -> Iterator[asyncio.AbstractEventLoop]:
-    """A loop that runs in a thread of its own."""
-    loop = make()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield loop
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-    loop.close()
-
-
 @pytest.fixture(params=["ambient", "foreign", "uvloop"])
 def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
     if request.param == "ambient":
         yield unsync.loop
     else:
-        yield from run_loop(new_uvloop if request.param == "uvloop" else asyncio.new_event_loop)
+        yield from running(new_uvloop() if request.param == "uvloop" else asyncio.new_event_loop())
 
 
 class Notes:

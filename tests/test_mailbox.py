@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, collect
+from conftest import PATIENCE, collect, running
 
 from unsync import Unfuture, unsync
 
@@ -50,14 +50,7 @@ def held(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 @pytest.fixture
 def foreign() -> Iterator[CountingLoop]:
     """A loop that is none of unsync's, running in a thread of its own."""
-    loop = CountingLoop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield loop
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-    loop.close()
+    yield from running(CountingLoop())
 
 
 def gathered_in(loop: asyncio.AbstractEventLoop, waiting: list[Unfuture[Any]]) -> Unfuture[Any]:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from conftest import CORE, PATIENCE, collect, wait_until
+from conftest import CORE, PATIENCE, collect, running, wait_until
 
 import unsync as package
 from unsync import CancelledError, InvalidStateError, Unfuture, unsync
@@ -94,14 +94,7 @@ def finished(outcome: str) -> Unfuture[Any]:
 @pytest.fixture
 def foreign() -> Iterator[asyncio.AbstractEventLoop]:
     """A loop that is not the ambient one, running in a thread of its own."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield loop
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-    loop.close()
+    yield from running(asyncio.new_event_loop())
 
 
 @pytest.fixture(params=["ambient", "foreign"])
