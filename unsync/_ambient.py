@@ -28,6 +28,7 @@ class _AmbientLoop:
         self.loop = loop
         self._ended = ended
         self.mailbox = Mailbox(loop)
+        self.mailbox.open_bell()
         # Daemonic: a coroutine that blocks must not keep the process from its end.
         self.thread = threading.Thread(target=self._run, name="unsync", daemon=True)
         # Set by the thread as soon as it runs.
@@ -56,6 +57,7 @@ class _AmbientLoop:
             self._ended(self)
             asyncio.set_event_loop(None)
             self._give_up()
+            self.mailbox.close_bell()
             self.loop.close()
             self.mailbox.close()
 
@@ -103,8 +105,7 @@ class _AmbientLoop:
 
     def _give_up(self) -> None:
         """Ends the wait for coroutines that ignored their cancellation, or block the loop."""
-        starting = self.mailbox.starting
-        if starting is not None:
+        for starting in self.mailbox.starting:
             self._all_ended = False
             starting._complete(CANCELLED, "shutdown")
         for task, unfuture in list(self.mailbox.live.items()):

@@ -41,6 +41,26 @@ STATE_NAMES = (
 )
 
 
+# What a continuation most often returns: of these types nothing can be awaited.
+PLAIN_TYPES: frozenset[type] = frozenset(
+    {
+        bool,
+        bytearray,
+        bytes,
+        complex,
+        dict,
+        float,
+        frozenset,
+        int,
+        list,
+        set,
+        str,
+        tuple,
+        type(None),
+    }
+)
+
+
 class InvalidStateError(asyncio.InvalidStateError, concurrent.futures.InvalidStateError):
     """The operation does not fit the Unfuture's state: asyncio's and concurrent.futures' error."""
 

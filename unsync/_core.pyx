@@ -18,17 +18,27 @@ Who may touch what:
 import sys
 import threading
 from asyncio import CancelledError as AsyncioCancelledError
-from asyncio import Task, current_task, isfuture
+from asyncio import BaseEventLoop, Task, current_task, isfuture
 from asyncio import _get_running_loop as running_loop
+from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
 from time import monotonic
 from types import GenericAlias, MethodType
 from weakref import ref
 
 cimport cython
-from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
+from cpython.contextvars cimport (
+    PyContext_CopyCurrent,
+    PyContext_Enter,
+    PyContext_Exit,
+    PyContext_New,
+)
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF
+from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 
 from unsync._common import (
+    PLAIN_TYPES,
     STATE_NAMES,
     TimedOutError,
     Waiters,
@@ -80,7 +90,67 @@ cdef extern from "pythread.h":
     unsigned long PyThread_get_thread_ident() nogil
 
 cdef extern from "Python.h":
+    ctypedef object (*newfunc)(object, object, PyObject *)
+    ctypedef int (*initproc)(object, object, object) except -1
+    ctypedef struct PyTypeObject:
+        unsigned long tp_flags
+        Py_ssize_t tp_vectorcall_offset
+        newfunc tp_new
+        initproc tp_init
+    unsigned long Py_TPFLAGS_HAVE_VECTORCALL
+    ctypedef PyObject *(*vectorcallfunc)(
+        PyObject *callee, PyObject *const *args, size_t nargsf, PyObject *names
+    ) except NULL
+    Py_ssize_t PyVectorcall_NARGS(size_t nargsf) noexcept
+    object PyObject_Vectorcall(
+        object function, PyObject *const *args, size_t nargsf, PyObject *names
+    )
+    void PyType_Modified(PyTypeObject *cls) noexcept
+    bint PyCoro_CheckExact(object value) noexcept
+    bint PyObject_IS_GC(object value) noexcept
+    bint PyObject_GC_IsTracked(object value) noexcept
+    void PyObject_GC_Track(PyObject *value) noexcept
+    void PyObject_GC_UnTrack(PyObject *value) noexcept
     int PyErr_CheckSignals() except -1
+
+cdef extern from *:
+    """
+    /* Wakes a loop that has this descriptor among its readers. */
+    #ifdef __linux__
+      #include <errno.h>
+      #include <stdint.h>
+      #include <sys/eventfd.h>
+      #include <unistd.h>
+      static int bell_open(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
+      static int bell_ring(int bell) {
+        const uint64_t one = 1;
+        ssize_t written;
+        do written = write(bell, &one, sizeof one); while (written < 0 && errno == EINTR);
+        return written == sizeof one;
+      }
+      static void bell_still(int bell) {
+        uint64_t rung;
+        if (read(bell, &rung, sizeof rung) < 0) { /* nobody had rung */ }
+      }
+      static void bell_close(int bell) { close(bell); }
+    #else
+      static int bell_open(void) { return -1; }
+      static int bell_ring(int bell) { (void)bell; return 0; }
+      static void bell_still(int bell) { (void)bell; }
+      static void bell_close(int bell) { (void)bell; }
+    #endif
+
+    #ifdef Py_GIL_DISABLED
+      #define UNSYNC_WITH_GIL 0
+    #else
+      #define UNSYNC_WITH_GIL 1
+    #endif
+    """
+    int bell_open() noexcept
+    bint bell_ring(int bell) noexcept nogil
+    void bell_still(int bell) noexcept
+    void bell_close(int bell) noexcept
+    bint WITH_GIL "UNSYNC_WITH_GIL"
 
 # The states, as in `_common`.
 cdef enum:
@@ -96,16 +166,21 @@ cdef enum:
 cdef enum:
     NOTHING = 0
     COROUTINE = 1  # without a task yet; until it is begun `_extra` is the context for it
-    JOB = 2
+    JOB = 2  # a function; until it is begun `_outcome` has its arguments, `_extra` its context
     TASK = 3
-    CONTINUATION = 4
-    UNFUTURE = 5
-    MIRROR = 6
+    CONTINUATION = 4  # the source of a `then`; until it is done `_outcome` is the function
+    MAPPING = 5  # the same of a `map`
+    UNFUTURE = 6
+    MIRROR = 7
 
 # A drain gives the loop back to its timers and I/O after this many seconds.
 cdef double DRAIN_SECONDS = 0.002
 # How many items pass between two looks at the clock.
 cdef int DRAIN_STRIDE = 16
+# How many awaited calls may start one within the other: each takes some of the C stack.
+cdef int NESTING = 32
+# How many may start there and then in one turn of the loop, which others are waiting for.
+cdef int STARTS_IN_A_TURN = 256
 
 cdef bint HAS_EAGER_TASKS = sys.version_info >= (3, 12)
 cdef bint HAS_TASK_CONTEXT = sys.version_info >= (3, 11)
@@ -119,13 +194,17 @@ cdef object _fork_lock = threading.RLock()
 cdef Mailbox _home = None
 cdef object _start_home = None
 
+cdef frozenset plain_types = PLAIN_TYPES
+
 # Answers `_claim` when somebody else was first.
 cdef object REFUSED = object()
 # Answers `change` when the claim must be made again.
 cdef object RETRY = object()
 
 # What `repr` calls that which is behind an Unfuture, by kind.
-cdef tuple LABELS = ("", "coro", "function", "task", "continuation", "unfuture", "future")
+cdef tuple LABELS = (
+    "", "coro", "function", "task", "continuation", "continuation", "unfuture", "future"
+)
 
 
 def set_home(Mailbox mailbox, start):
@@ -152,6 +231,29 @@ def after_fork():
     _fork_lock = threading.RLock()
 
 
+# For the usual kind of task, asked without looking the methods up.
+cdef object task_done = Task.done
+cdef object task_cancelled = Task.cancelled
+cdef object task_exception = Task.exception
+cdef object task_result = Task.result
+
+
+# asyncio's own loops only return their attribute; a subclass may have something else to say.
+cdef object own_get_task_factory = BaseEventLoop.get_task_factory
+
+
+cdef inline task_factory_of(loop):
+    if type(loop).get_task_factory is own_get_task_factory:
+        return loop._task_factory
+    return loop.get_task_factory()
+
+
+cdef inline copy_context():
+    """A copy of the current context; None in place of an empty one, which need not be kept."""
+    context = PyContext_CopyCurrent()
+    return context if len(context) else None
+
+
 cdef Mailbox mailbox_of(loop):
     """The mailbox of the loop that runs in this thread.
 
@@ -168,8 +270,76 @@ cdef Mailbox mailbox_of(loop):
     return mailbox
 
 
+# Who holds the GIL when a thread is woken.
+#
+# A thread that is woken wants the GIL. On a core that it shares with its waker it runs at once, and
+# if the waker holds the GIL it sleeps again: one call costs three times the switches that it
+# needs. If the waker lets go of the GIL, the other does its work in that moment. But a burst would
+# then be served call by call, with two switches for each, where one wakeup could serve it all. So
+# the GIL is handed over where the waker would soon wait anyway, and kept where it has more to do.
+# These are guesses: a wrong one costs a few switches, nothing else. What they go by is guarded by
+# the GIL; without it there is nothing to guess.
+
+# How many calls were made since somebody last asked for a result, and in the run before that.
+cdef int _calls = 0
+cdef int _calls_before = 0
+# The loop's thread or the worker whose mailbox or queue is empty; 0 for none.
+cdef unsigned long _idle_thread = 0
+
+
+cdef inline bint is_lone_call() noexcept:
+    """Whether this looks like a call that will be waited for before the next is made."""
+    global _calls
+    cdef Mailbox mailbox
+    if not WITH_GIL:
+        return False
+    mailbox = _home
+    if mailbox is not None and mailbox._thread_id == PyThread_get_thread_ident():
+        # Every second call at most, so that the loop has its turn.
+        mailbox._calls += 1
+        return mailbox._calls == 1 and mailbox._calls_before <= 2
+    _calls += 1
+    return _calls == 1 and _calls_before == 1
+
+
+cdef inline void note_result() noexcept:
+    """Somebody asks for a result: a run of calls has ended."""
+    global _calls, _calls_before
+    if WITH_GIL and _calls:
+        _calls_before = _calls
+        _calls = 0
+
+
+cdef inline void note_idle(bint idle) noexcept:
+    """Says whether the calling thread has nothing to do beyond what it does now."""
+    global _idle_thread
+    if WITH_GIL:
+        _idle_thread = PyThread_get_thread_ident() if idle else 0
+
+
+cdef inline void wake_thread(PyThread_type_lock lock, bint hand_over) noexcept:
+    if WITH_GIL and hand_over:
+        with nogil:
+            PyThread_release_lock(lock)
+    else:
+        PyThread_release_lock(lock)
+
+
 cdef class _Item:
-    """What can be posted to a mailbox."""
+    """What can stand in a mailbox or a job queue, or wait in the chain of an Unfuture.
+
+    In one of them at a time: so that one link serves, and no container has to be made.
+    """
+
+    cdef _Item link
+
+    cdef fire(self, Unfuture unfuture):
+        """Called once, by the thread that finished `unfuture` (or found it done).
+
+        Returns a follower that just got the same outcome, with its waiters, for the caller to
+        fire next: chains are walked with a queue, never by recursion.
+        """
+        raise NotImplementedError
 
     cdef int arrive(self, Mailbox mailbox) except -1:
         """Called in the loop's thread."""
@@ -180,8 +350,31 @@ cdef class _Item:
         raise NotImplementedError
 
 
+cdef class _Line:
+    """Items in the order they came; all of it belongs to the section of whoever it is part of."""
+
+    cdef _Item _first
+    cdef _Item _last
+
+    cdef inline void push(self, _Item item) noexcept:
+        if self._last is None:
+            self._first = item
+        else:
+            self._last.link = item
+        self._last = item
+
+    cdef inline _Item pop(self):
+        cdef _Item item = self._first
+        if item is not None:
+            self._first = item.link
+            item.link = None
+            if self._first is None:
+                self._last = None
+        return item
+
+
 @cython.final
-cdef class Mailbox:
+cdef class Mailbox(_Line):
     """What other threads leave for one event loop, picked up in batches: one wakeup per burst.
 
     Any thread may leave something. The first item wakes the loop, later ones only join it,
@@ -192,24 +385,34 @@ cdef class Mailbox:
 
     cdef object __weakref__
     cdef object _loop
-    # A deque and its methods; what is in it, and `_armed`, belong to the section.
-    cdef object _items
-    cdef object _append
-    cdef object _popleft
+    # Belongs to the section.
     cdef bint _armed
     # The ambient loop's thread; 0 for a foreign loop.
     cdef unsigned long _thread_id
+    # The eventfd that wakes the loop, or -1; and who is about to write to it. In the section.
+    cdef int _bell
+    cdef int _ringing
     # asyncio holds tasks weakly; these have begun and must get to their end.
     cdef readonly dict live
-    # The one whose coroutine makes its first step now, perhaps a long one.
-    cdef Unfuture _starting
+    # Those whose coroutines make their first step now, each within the one before it; its own
+    # lock is enough.
+    cdef list _starting
+    # These belong to the loop's thread.
+    # How many functions were called in this turn of the loop and the one before, and how many
+    # awaited calls were started there and then.
+    cdef int _calls
+    cdef int _calls_before
+    cdef int _starts
+    # The loop, while the box is drained.
+    cdef object _running
+    # The keywords for the next task, unless they are in use.
+    cdef dict _options
 
     def __init__(self, loop):
         self._loop = ref(loop)
-        self._items = deque()
-        self._append = self._items.append
-        self._popleft = self._items.popleft
+        self._bell = -1
         self.live = {}
+        self._starting = []
 
     @property
     def loop(self):
@@ -223,11 +426,14 @@ cdef class Mailbox:
     def thread_id(self, unsigned long thread_id):
         self._thread_id = thread_id
 
+    cdef inline bint is_of(self, loop) except -1:
+        return loop is (self._loop() if self._running is None else self._running)
+
     cdef int post(self, _Item item) except -1:
         """Leaves `item` for the loop; `item.arrive(mailbox)` is called in its thread."""
         cdef bint wake = False
         with cython.critical_section(self):
-            self._append(item)
+            self.push(item)
             if not self._armed:
                 self._armed = True
                 wake = True
@@ -242,7 +448,7 @@ cdef class Mailbox:
                 self.close()
             elif running_loop() is loop:
                 loop.call_soon(self._drain)
-            else:
+            elif not self.ring():
                 loop.call_soon_threadsafe(self._drain)
         except RuntimeError:
             if loop is not None and not loop.is_closed():
@@ -250,20 +456,83 @@ cdef class Mailbox:
             self.close()
         return 0
 
+    # The bell: an eventfd costs one short system call to ring and one to still. The loop's own way
+    # to be woken, call_soon_threadsafe(), takes three on a socket pair, and more Python.
+
+    def open_bell(self):
+        """Has the loop woken by a bell of the mailbox's own, where there is such a thing.
+
+        Called before the loop runs, or in its thread.
+        """
+        cdef int bell = bell_open()
+        if bell < 0:
+            return
+        try:
+            self._loop().add_reader(bell, self._on_bell)
+        except Exception:  # the loop has no readers, and will be woken in its own way
+            bell_close(bell)
+            return
+        with cython.critical_section(self):
+            self._bell = bell
+
+    def close_bell(self):
+        """Called in the loop's thread before the loop is closed."""
+        cdef int bell = -1
+        cdef bint in_use = False
+        with cython.critical_section(self):
+            bell = self._bell
+            self._bell = -1
+            in_use = self._ringing > 0
+        self._options = None
+        if bell >= 0:
+            self._loop().remove_reader(bell)
+            if not in_use:
+                bell_close(bell)
+
+    cdef bint ring(self) except -1:
+        """Rings the bell; False if there is none."""
+        cdef int bell = -1
+        cdef bint rung = False, forsaken = False
+        with cython.critical_section(self):
+            bell = self._bell
+            if bell >= 0:
+                self._ringing += 1
+        if bell < 0:
+            return False
+        if WITH_GIL and _idle_thread == PyThread_get_thread_ident():
+            with nogil:
+                rung = bell_ring(bell)
+        else:
+            rung = bell_ring(bell)
+        with cython.critical_section(self):
+            self._ringing -= 1
+            forsaken = self._bell < 0 and self._ringing == 0
+        if forsaken:
+            bell_close(bell)  # the loop went in between: the descriptor was left to us
+        return rung
+
+    def _on_bell(self):
+        bell_still(self._bell)
+        self._drain()
+
     cdef _Item take(self):
         """The next item; None, and disarmed, if there is none."""
         cdef _Item item = None
         with cython.critical_section(self):
-            if self._items:
-                item = <_Item>self._popleft()
-            else:
+            item = self.pop()
+            if item is None:
                 self._armed = False
+            note_idle(self._first is None)
         return item
 
     def _drain(self):
         cdef _Item item
         cdef int count = 0
         cdef double until = monotonic() + DRAIN_SECONDS
+        self._running = self._loop()
+        self._calls_before = self._calls
+        self._calls = 0
+        self._starts = 0
         try:
             while True:
                 item = self.take()
@@ -280,7 +549,27 @@ cdef class Mailbox:
             # other items must not suffer.
             self.wake()
             raise
+        finally:
+            self._running = None
+            note_idle(False)
         self.wake()
+
+    cdef int start_now(self, Unfuture unfuture) except -1:
+        """For an `await` in the loop itself: starts what is awaited there and then.
+
+        Only if it is all there is to do: what was called before is started before.
+        """
+        cdef bint alone = False
+        if self._starts >= STARTS_IN_A_TURN or len(self._starting) >= NESTING:
+            return 0
+        with cython.critical_section(self):
+            alone = self._first is unfuture and self._last is unfuture
+            if alone:
+                self._first = self._last = None  # the caller holds it
+        if alone:
+            self._starts += 1
+            unfuture.arrive(self)
+        return 0
 
     def close(self):
         """Abandons what is here, and leaves the box so that later items are abandoned too."""
@@ -293,16 +582,13 @@ cdef class Mailbox:
 
     @property
     def starting(self):
-        with cython.critical_section(self):
-            unfuture = self._starting
-        return unfuture
+        return list(self._starting)
 
     cdef int start(self, Unfuture unfuture, coro, context) except -1:
         """Starts `coro` as a task of this loop, in whose thread this is called."""
-        with cython.critical_section(self):
-            self._starting = unfuture
+        self._starting.append(unfuture)
         try:
-            task = make_task(self._loop(), coro, context)
+            task = self.make_task(coro, context)
         except BaseException as exc:
             # The first step raised KeyboardInterrupt or SystemExit, or the user's task factory
             # refused: the caller hears of it, the loop goes on.
@@ -310,14 +596,49 @@ cdef class Mailbox:
             unfuture.complete(FAILED, exc, ANY)
             return 0
         finally:
-            with cython.critical_section(self):
-                self._starting = None  # the caller holds it
-        if task.done():
+            self._starting.pop()
+        if task_done(task) if type(task) is Task else task.done():
             unfuture.ended_at_once(task)
             return 0
         self.live[task] = unfuture
         unfuture.started(task)
         task.add_done_callback(_TaskDone(self, unfuture), context=context)
+        return 0
+
+    cdef make_task(self, coro, context):
+        loop = self._loop() if self._running is None else self._running
+        if task_factory_of(loop) is not None:
+            task = context.run(loop.create_task, coro)
+            if hasattr(task, "set_name"):
+                task.set_name(name_of(coro))
+            return task
+        # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there
+        # to be asked for it, else asyncio would report that nobody did.
+        task = (<PyTypeObject *>Task).tp_new(Task, (), NULL)
+        try:
+            if HAS_EAGER_TASKS:
+                self.begin_eagerly(task, loop, coro, context)
+            else:
+                begin_at_once(task, loop, coro, context)
+        except BaseException:
+            if task.done():
+                outcome_of_asyncio(task)
+            raise
+        return task
+
+    cdef int begin_eagerly(self, task, loop, coro, context) except -1:
+        cdef dict options = self._options
+        # A task within a task's first step finds them in use, and has its own.
+        self._options = None
+        if options is None:
+            options = {"eager_start": True, "loop": loop}
+        options["name"] = name_of(coro)
+        options["context"] = context
+        try:
+            (<PyTypeObject *>Task).tp_init(task, (coro,), options)
+        finally:
+            options["context"] = None
+            self._options = options
         return 0
 
 
@@ -334,58 +655,49 @@ cdef class _TaskDone:
 
     def __call__(self, task):
         self.mailbox.live.pop(task, None)
-        status, outcome = outcome_of_asyncio(task)
-        self.unfuture.complete(status, outcome, ANY)
+        self.unfuture.take_outcome(task)
 
 
-cdef make_task(loop, coro, context):
-    if loop.get_task_factory() is not None:
-        task = context.run(loop.create_task, coro)
-        if hasattr(task, "set_name"):
-            task.set_name(name_of(coro))
-        return task
-    name = name_of(coro)
-    if HAS_EAGER_TASKS:
-        # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there
-        # to be asked for it, else asyncio would report that nobody did.
-        task = Task.__new__(Task)
-        try:
-            task.__init__(coro, loop=loop, name=name, context=context, eager_start=True)
-        except BaseException:
-            if task.done():
-                outcome_of_asyncio(task)
-            raise
-        return task
+cdef int begin_at_once(task, loop, coro, context) except -1:
+    """Before Python 3.12: makes the first step of a task that the loop would make soon.
+
+    asyncio's own loops keep what they will call in `_ready`; others make the step in their turn.
+    """
+    cdef dict options = {"loop": loop, "name": name_of(coro)}
     if HAS_TASK_CONTEXT:
-        return Task(coro, loop=loop, name=name, context=context)
-    PyContext_Enter(context)
+        options["context"] = context
+        (<PyTypeObject *>Task).tp_init(task, (coro,), options)
+    else:
+        PyContext_Enter(context)
+        try:
+            (<PyTypeObject *>Task).tp_init(task, (coro,), options)
+        finally:
+            PyContext_Exit(context)
+    ready = getattr(loop, "_ready", None)
+    if type(ready) is not deque or not ready:
+        return 0
+    handle = ready[len(ready) - 1]
+    if getattr(handle._callback, "__self__", None) is not task:
+        return 0
+    ready.pop()
+    outer = current_task(loop)
+    if outer is not None:
+        _leave_task(loop, outer)
     try:
-        return Task(coro, loop=loop, name=name)
+        handle._run()
     finally:
-        PyContext_Exit(context)
+        if outer is not None:
+            _enter_task(loop, outer)
+    return 0
 
 
 cdef name_of(coro):
     return getattr(coro, "__qualname__", None) or type(coro).__name__
 
 
-cdef class _Waiter(_Item):
-    """One who waits for an Unfuture: a link of its chain."""
-
-    cdef _Waiter next_one
-
-    cdef fire(self, Unfuture unfuture):
-        """Called once, by the thread that finished `unfuture` (or found it done).
-
-        Returns a follower that just got the same outcome, with its waiters, for the caller to
-        fire next: chains are walked with a queue, never by recursion.
-        """
-        raise NotImplementedError
-
-
 @cython.final
 @cython.trashcan(True)
-cdef class _Blocked(_Waiter):
+cdef class _Blocked(_Item):
     """A thread that waits in `result()` or `exception()`."""
 
     cdef PyThread_type_lock lock
@@ -401,7 +713,7 @@ cdef class _Blocked(_Waiter):
             PyThread_free_lock(self.lock)
 
     cdef fire(self, Unfuture unfuture):
-        PyThread_release_lock(self.lock)
+        wake_thread(self.lock, _idle_thread == PyThread_get_thread_ident())
 
     cdef bint wait(self, timeout) except? -1:
         """Blocks until it is fired; False after `timeout` seconds. Signal handlers may raise."""
@@ -427,7 +739,7 @@ cdef class _Blocked(_Waiter):
 
 @cython.final
 @cython.trashcan(True)
-cdef class _Callback(_Waiter):
+cdef class _Callback(_Item):
     """A done-callback; bound to the loop that ran where it was added, if one did."""
 
     cdef object function
@@ -482,7 +794,7 @@ cdef class _Callback(_Waiter):
 
 @cython.final
 @cython.trashcan(True)
-cdef class _Park(_Waiter):
+cdef class _Park(_Item):
     """One `await`: its iterator, and what the suspended task is parked on.
 
     It belongs to that one task: `_asyncio_future_blocking` is a handshake between two, and two
@@ -502,19 +814,23 @@ cdef class _Park(_Waiter):
 
     def __next__(self):
         cdef Unfuture unfuture = self.unfuture
-        if unfuture.is_done():
-            raise StopIteration(unfuture.awaited())
-        if self.begun:
-            raise RuntimeError("await wasn't used with future")
-        loop = running_loop()
-        if loop is None:
-            raise RuntimeError(f"no running event loop to wait in for {unfuture!r}")
-        unfuture.check_not_own(loop)
-        self.begun = True
-        self.loop = loop
-        self.mailbox = mailbox_of(loop)
-        self._asyncio_future_blocking = True
-        return self
+        cdef Mailbox mailbox = _home
+        if not unfuture.is_done():
+            if self.begun:
+                raise RuntimeError("await wasn't used with future")
+            self.begun = True
+            loop = running_loop()
+            if loop is None:
+                raise RuntimeError(f"no running event loop to wait in for {unfuture!r}")
+            if unfuture.is_call() and mailbox is not None and mailbox.is_of(loop):
+                mailbox.start_now(unfuture)
+            if not unfuture.is_done():
+                unfuture.check_not_own(loop)
+                self.loop = loop
+                self.mailbox = mailbox_of(loop)
+                self._asyncio_future_blocking = True
+                return self
+        raise StopIteration(unfuture.awaited())
 
     # What a task asks of the future that it is parked on.
 
@@ -562,7 +878,7 @@ cdef class _Park(_Waiter):
 
 @cython.final
 @cython.trashcan(True)
-cdef class _Follower(_Waiter):
+cdef class _Follower(_Item):
     """Gives an Unfuture the outcome of the one it waits for."""
 
     cdef Unfuture target
@@ -570,56 +886,6 @@ cdef class _Follower(_Waiter):
     cdef fire(self, Unfuture unfuture):
         store(&unfuture._unseen, False)
         return pass_on(unfuture, self.target)
-
-
-@cython.final
-@cython.trashcan(True)
-cdef class _Continuation(_Waiter):
-    """What `then` and `map` leave at their source; also what stands behind their Unfuture."""
-
-    cdef Unfuture source
-    cdef Unfuture target
-    cdef object function
-    cdef object context
-    cdef bint by_value
-
-    def __repr__(self):
-        return repr(self.function)
-
-    cdef fire(self, Unfuture unfuture):
-        if load(&unfuture._status) != FINISHED:
-            store(&unfuture._unseen, False)
-            return pass_on(unfuture, self.target)
-        try:
-            home().post(self)
-        except BaseException as exc:
-            # The ambient loop cannot be started: the one who waits must hear of it.
-            self.target.complete(FAILED, exc, ANY)
-        return None
-
-    cdef int arrive(self, Mailbox mailbox) except -1:
-        cdef Unfuture target = self.target
-        if not target.begin():
-            return 0
-        argument = self.source._outcome if self.by_value else self.source
-        context = self.context
-        try:
-            PyContext_Enter(context)
-            try:
-                result = self.function(argument)
-            finally:
-                PyContext_Exit(context)
-            # In here as well: nobody else would finish the target if this failed.
-            target.resolve(result, context, mailbox)
-        except AsyncioCancelledError as exc:
-            target.complete(CANCELLED, exc.args[0] if exc.args else None, ANY)
-        except BaseException as exc:
-            target.complete(FAILED, exc, ANY)
-        return 0
-
-    cdef int abandon(self) except -1:
-        self.target.complete(CANCELLED, None, ANY)
-        return 0
 
 
 cdef pass_on(Unfuture source, Unfuture target):
@@ -630,15 +896,15 @@ cdef pass_on(Unfuture source, Unfuture target):
     return None if chain is REFUSED else (target, chain)
 
 
-cdef int fire_all(Unfuture unfuture, _Waiter chain) except -1:
+cdef int fire_all(Unfuture unfuture, _Item chain) except -1:
     """Fires a finished Unfuture's waiters in the order they came, then its followers' waiters."""
-    cdef _Waiter waiter, following
+    cdef _Item waiter, following
     backlog = None
     while True:
         waiter = oldest_first(chain)
         while waiter is not None:
-            following = waiter.next_one
-            waiter.next_one = None
+            following = waiter.link
+            waiter.link = None
             try:
                 follower = waiter.fire(unfuture)
             except BaseException:
@@ -654,32 +920,50 @@ cdef int fire_all(Unfuture unfuture, _Waiter chain) except -1:
         unfuture, chain = backlog.popleft()
 
 
-cdef _Waiter oldest_first(_Waiter chain):
-    cdef _Waiter first = None, following
+cdef _Item oldest_first(_Item chain):
+    cdef _Item first = None, following
     while chain is not None:
-        following = chain.next_one
-        chain.next_one = first
+        following = chain.link
+        chain.link = first
         first = chain
         chain = following
     return first
 
 
 @cython.final
-@cython.freelist(64)
-cdef class _Job:
-    """A function that has not been started, its arguments, and the context to run it in."""
+cdef class _Keywords:
+    """The arguments of a function that is called with keywords."""
 
-    cdef object function
     cdef tuple args
     cdef dict kwargs
-    cdef object context
 
-    def __repr__(self):
-        return repr(self.function)
+    cdef call(self, function):
+        return function(*self.args, **self.kwargs)
 
 
 cdef inline Unfuture blank():
     return Unfuture.__new__(Unfuture)
+
+
+# What the garbage collector need not look at.
+#
+# It walks over all containers again and again as their number grows, and a million calls on their
+# way would be millions of them. But a call on its way cannot be garbage: the mailbox, the loop, the
+# queue or the worker holds it until it is done, and with it whatever waits in its chain. So the
+# Unfuture of a call begins untracked, as does that of a `then` upon one that is. It is tracked from
+# when it is done, unless the outcome can refer to nothing, or waits for another. Its coroutine is
+# untracked until it begins; CPython wants it tracked when it is freed.
+
+
+cdef inline Unfuture blank_on_its_way():
+    cdef Unfuture unfuture = blank()
+    PyObject_GC_UnTrack(<PyObject *>unfuture)
+    return unfuture
+
+
+cdef inline void track(value) noexcept:
+    if not PyObject_GC_IsTracked(value):
+        PyObject_GC_Track(<PyObject *>value)
 
 
 @cython.trashcan(True)
@@ -703,14 +987,14 @@ cdef class Unfuture(_Item):
     # What `_source` is.
     cdef unsigned char _kind
     cdef unsigned int _generation
-    # The result, the exception, or the message of a cancellation.
+    # The result, the exception, or the message of a cancellation; before that see `_kind`.
     cdef object _outcome
-    # The context for a coroutine that has no task; the message, in a tuple, of a cancel() that
-    # came while its first step was made; the traceback of a failure.
+    # The context for what has not begun; the message, in a tuple, of a cancel() that came while
+    # a coroutine made its first step; the traceback of a failure.
     cdef object _extra
     # What is behind a pending or running one: see cancel().
     cdef object _source
-    cdef _Waiter _chain
+    cdef _Item _chain
     cdef object _side
 
     # asyncio.isfuture() looks for it. No task is ever parked on the Unfuture itself: see _Park.
@@ -718,8 +1002,12 @@ cdef class Unfuture(_Item):
 
     __class_getitem__ = classmethod(GenericAlias)
 
-    def __cinit__(self, *args, **kwargs):
+    def __cinit__(self):
         self._generation = _generation
+
+    def __dealloc__(self):
+        if self._kind == COROUTINE and self._source is not None and PyCoro_CheckExact(self._source):
+            track(self._source)
 
     def __init__(self, source=None):
         if source is None:
@@ -729,7 +1017,7 @@ cdef class Unfuture(_Item):
         elif is_coroutine(source):
             mailbox = home()
             self._source = source
-            self._extra = PyContext_CopyCurrent()
+            self._extra = copy_context()
             self._kind = COROUTINE
             mailbox.post(self)
         else:
@@ -758,6 +1046,7 @@ cdef class Unfuture(_Item):
         :raises CancelledError: if it was cancelled.
         :raises BaseException: what the function raised.
         """
+        note_result()
         if load(&self._status) < CANCELLED:
             self.wait(timeout)
         if self._status == FINISHED:
@@ -774,6 +1063,7 @@ cdef class Unfuture(_Item):
         :raises InvalidStateError: in `unsync.thread`, if it is not done.
         :raises CancelledError: if it was cancelled.
         """
+        note_result()
         if load(&self._status) < CANCELLED:
             self.wait(timeout)
         if self._status == FINISHED:
@@ -787,6 +1077,13 @@ cdef class Unfuture(_Item):
         if load(&self._status) < CANCELLED:
             self.check_fork()
         return load(&self._status) >= CANCELLED
+
+    cdef bint is_call(self) noexcept:
+        """Whether behind it is a coroutine that has not begun."""
+        cdef bint answer
+        with cython.critical_section(self):
+            answer = self._status == PENDING and self._kind == COROUTINE
+        return answer
 
     def done(self):
         """Whether it has a result or an exception or was cancelled."""
@@ -933,7 +1230,7 @@ cdef class Unfuture(_Item):
                 if source.cancel(msg):
                     return True, None
             elif self.complete(CANCELLED, msg, PENDING):
-                return True, (<_Continuation>source).source if kind == CONTINUATION else None
+                return True, source if kind == CONTINUATION or kind == MAPPING else None
             else:
                 return self.cancel_this(msg)  # it began or ended in between
         if running_loop() is not None:
@@ -964,7 +1261,8 @@ cdef class Unfuture(_Item):
             current one.
         :raises TypeError: if `fn` is not callable.
         """
-        check_callable("a done-callback", fn)
+        if not callable(fn):
+            check_callable("a done-callback", fn)
         loop = running_loop()
         if loop is not None and context is None:
             context = PyContext_CopyCurrent()
@@ -974,14 +1272,14 @@ cdef class Unfuture(_Item):
 
     def remove_done_callback(self, fn):
         """Removes every callback that equals `fn`; returns how many there were."""
-        cdef _Waiter waiter
+        cdef _Item waiter
         cdef int removed = 0
         found = []
         with cython.critical_section(self):
             waiter = self._chain
             while waiter is not None:
                 found.append(waiter)
-                waiter = waiter.next_one
+                waiter = waiter.link
         for waiter in found:
             if type(waiter) is _Callback and (<_Callback>waiter).function == fn:
                 removed += self.remove_waiter(waiter)
@@ -996,32 +1294,58 @@ cdef class Unfuture(_Item):
 
         :raises TypeError: if `continuation` is not callable.
         """
-        check_callable("a continuation", continuation)
-        return self.go_on(continuation, False)
+        if not callable(continuation):
+            check_callable("a continuation", continuation)
+        return self.go_on(continuation, CONTINUATION)
 
     def map(self, fn):
         """The same as `then`, but `fn` is called with the result.
 
         :raises TypeError: if `fn` is not callable.
         """
-        check_callable("a continuation", fn)
-        return self.go_on(fn, True)
+        if not callable(fn):
+            check_callable("a continuation", fn)
+        return self.go_on(fn, MAPPING)
 
-    cdef Unfuture go_on(self, function, bint by_value):
-        cdef _Continuation continuation = _Continuation.__new__(_Continuation)
-        cdef Unfuture target = blank()
-        continuation.source = self
-        continuation.function = function
-        continuation.by_value = by_value
-        continuation.context = PyContext_CopyCurrent()
-        continuation.target = target
-        target._source = continuation
-        target._kind = CONTINUATION
-        if not self.add_waiter(continuation):
-            follower = continuation.fire(self)
+    cdef Unfuture go_on(self, function, int kind):
+        # The target is its own continuation: it waits in the chain, and then in the mailbox.
+        cdef Unfuture target = blank() if PyObject_GC_IsTracked(self) else blank_on_its_way()
+        target._source = self
+        target._outcome = function
+        target._extra = copy_context()
+        target._kind = kind
+        if not self.add_waiter(target):
+            follower = target.fire(self)
             if follower is not None:
                 fire_all(follower[0], follower[1])
         return target
+
+    cdef fire(self, Unfuture source):
+        if load(&source._status) != FINISHED:
+            store(&source._unseen, False)
+            return pass_on(source, self)
+        try:
+            home().post(self)
+        except BaseException as exc:
+            # The ambient loop cannot be started: the one who waits must hear of it.
+            self.complete(FAILED, exc, ANY)
+        return None
+
+    cdef int go_on_now(self, Mailbox mailbox, int kind, Unfuture source, function, context):
+        """In the ambient loop: calls the continuation."""
+        try:
+            PyContext_Enter(context)
+            try:
+                result = function(source._outcome if kind == MAPPING else source)
+            finally:
+                PyContext_Exit(context)
+            # In here as well: nobody else would finish it if this failed.
+            self.resolve(result, context, mailbox)
+        except AsyncioCancelledError as exc:
+            self.complete(CANCELLED, exc.args[0] if exc.args else None, ANY)
+        except BaseException as exc:
+            self.complete(FAILED, exc, ANY)
+        return 0
 
     # The room where it changes.
 
@@ -1050,8 +1374,7 @@ cdef class Unfuture(_Item):
         cdef int kind = NOTHING
         traceback = outcome.__traceback__ if status == FAILED else None
         chain = REFUSED
-        source = None
-        extra = None
+        source = extra = former = None
         if status == CANCELLED and side is not None:
             status = CANCELLED_AND_NOTIFIED
         with cython.critical_section(self):
@@ -1063,16 +1386,21 @@ cdef class Unfuture(_Item):
                 # Held in locals, so that nothing is dropped in here.
                 source = self._source
                 extra = self._extra
+                former = self._outcome
                 chain = self._chain
                 self._kind = NOTHING
                 self._source = None
                 self._chain = None
                 self._outcome = outcome
                 self._extra = traceback
+                if PyObject_IS_GC(outcome):
+                    track(self)
                 if status == FAILED:
                     store(&self._unseen, True)
                 store(&self._status, status)
         if kind == COROUTINE and before == PENDING:
+            if PyCoro_CheckExact(source):
+                track(source)
             close_unstarted(source)
         return chain
 
@@ -1088,15 +1416,6 @@ cdef class Unfuture(_Item):
     def _complete(self, status, outcome, expected=None):
         """Makes it done and tells everybody; False if it was done already."""
         return self.complete(status, outcome, ANY if expected is None else expected)
-
-    cdef bint begin(self) except -1:
-        """Marks it running, unless somebody finished or cancelled it before."""
-        cdef bint begun = False
-        with cython.critical_section(self):
-            if self._status == PENDING:
-                store(&self._status, RUNNING)
-                begun = True
-        return begun
 
     cdef int started(self, task) except -1:
         """In the ambient loop: its coroutine has become `task`."""
@@ -1119,25 +1438,43 @@ cdef class Unfuture(_Item):
         with cython.critical_section(self):
             if self._status == RUNNING and self._kind == COROUTINE:
                 request = self._extra
-        status, outcome = outcome_of_asyncio(task)
-        if status == FINISHED and type(request) is tuple:
+        if type(request) is tuple and not task.cancelled() and task.exception() is None:
             # As in asyncio: a task that cancels itself and then returns is cancelled.
             self.complete(CANCELLED, request[0], ANY)
         else:
+            self.take_outcome(task)
+        return 0
+
+    cdef int take_outcome(self, task) except -1:
+        """Finishes it as `task` ended."""
+        if type(task) is Task and not task_cancelled(task) and task_exception(task) is None:
+            self.complete(FINISHED, task_result(task), ANY)
+        else:
+            status, outcome = outcome_of_asyncio(task)
             self.complete(status, outcome, ANY)
         return 0
 
     cdef int arrive(self, Mailbox mailbox) except -1:
-        """In the ambient loop: starts the coroutine behind it."""
-        coro = None
-        context = None
+        """In the ambient loop: starts the coroutine behind it, or calls the continuation."""
+        cdef int kind = NOTHING
+        source = function = context = None
         with cython.critical_section(self):
             if self._status == PENDING:
                 store(&self._status, RUNNING)
-                coro = self._source
+                kind = self._kind
+                source = self._source
+                function = self._outcome
                 context = self._extra
-        if coro is not None:
-            mailbox.start(self, coro, context)
+        if kind == NOTHING:
+            return 0
+        if context is None:
+            context = PyContext_New()
+        if kind == COROUTINE:
+            if PyCoro_CheckExact(source):
+                track(source)
+            mailbox.start(self, source, context)
+        else:
+            self.go_on_now(mailbox, kind, source, function, context)
         return 0
 
     cdef int abandon(self) except -1:
@@ -1146,17 +1483,21 @@ cdef class Unfuture(_Item):
 
     cdef int resolve(self, result, context, Mailbox mailbox) except -1:
         """In the ambient loop: finishes it with what a continuation returned, flattened."""
-        if isinstance(result, Unfuture):
+        if type(result) in plain_types:
+            self.complete(FINISHED, result, ANY)
+        elif isinstance(result, Unfuture):
             self.follow(result)
         elif isfuture(result):
             self.follow(Unfuture(result))
         elif is_awaitable(result):
             coro = result if is_coroutine(result) else wait_for_awaitable(result)
-            source = None
+            source = former = None
             with cython.critical_section(self):
                 if self._status == RUNNING:
                     source = self._source
+                    former = self._outcome
                     self._source = coro
+                    self._outcome = None
                     self._kind = COROUTINE
             mailbox.start(self, coro, context)
         else:
@@ -1169,12 +1510,15 @@ cdef class Unfuture(_Item):
             error = TypeError("a continuation cannot return the Unfuture that waits for it")
             self.complete(FAILED, error, ANY)
             return 0
-        source = None
+        source = former = None
         with cython.critical_section(self):
             if self._status < CANCELLED:
                 pending = True
+                track(self)
                 source = self._source
+                former = self._outcome
                 self._source = other
+                self._outcome = None
                 self._kind = UNFUTURE
         if not pending:
             return 0
@@ -1188,24 +1532,30 @@ cdef class Unfuture(_Item):
 
     cdef int work(self) except -1:
         """In a worker thread: runs the function behind it, unless it was cancelled."""
-        cdef _Job job = None
+        cdef bint begun = False
+        function = arguments = context = None
         with cython.critical_section(self):
             if self._status == PENDING:
                 store(&self._status, RUNNING)
-                job = <_Job>self._source
-                self._source = None
+                begun = True
+                function = self._source
+                arguments = self._outcome
+                context = self._extra
+                self._source = self._outcome = self._extra = None
                 self._kind = NOTHING
-        if job is None:
+        if not begun:
             return 0
+        if context is None:
+            context = PyContext_New()
         try:
-            PyContext_Enter(job.context)
+            PyContext_Enter(context)
             try:
-                if job.kwargs:
-                    result = job.function(*job.args, **job.kwargs)
+                if type(arguments) is tuple:
+                    result = function(*<tuple>arguments)
                 else:
-                    result = job.function(*job.args)
+                    result = (<_Keywords>arguments).call(function)
             finally:
-                PyContext_Exit(job.context)
+                PyContext_Exit(context)
         except AsyncioCancelledError as exc:
             # What it waited for was cancelled.
             self.complete(CANCELLED, exc.args[0] if exc.args else None, ANY)
@@ -1215,34 +1565,34 @@ cdef class Unfuture(_Item):
             self.complete(FINISHED, result, ANY)
         return 0
 
-    cdef bint add_waiter(self, _Waiter waiter) except -1:
+    cdef bint add_waiter(self, _Item waiter) except -1:
         """Adds to the chain; False if it is done, and the caller must fire the waiter itself."""
         cdef bint added = False
         self.check_fork()
         with cython.critical_section(self):
             if self._status < CANCELLED:
-                waiter.next_one = self._chain
+                waiter.link = self._chain
                 self._chain = waiter
                 added = True
         return added
 
-    cdef bint remove_waiter(self, _Waiter waiter) except -1:
+    cdef bint remove_waiter(self, _Item waiter) except -1:
         """Takes one out of the chain; False if it is not there any more."""
-        cdef _Waiter before = None, link
+        cdef _Item before = None, link
         cdef bint found = False
         with cython.critical_section(self):
             link = self._chain
             while link is not None:
                 if link is waiter:
                     if before is None:
-                        self._chain = waiter.next_one
+                        self._chain = waiter.link
                     else:
-                        before.next_one = waiter.next_one
-                    waiter.next_one = None
+                        before.link = waiter.link
+                    waiter.link = None
                     found = True
                     break
                 before = link
-                link = link.next_one
+                link = link.link
         return found
 
     cdef int wait(self, timeout) except -1:
@@ -1328,6 +1678,7 @@ cdef class Unfuture(_Item):
         self.check_fork()
         side = Waiters()  # made out here: see the head of this file
         with cython.critical_section(self):
+            track(self)
             if self._side is None:
                 self._side = side
             if self._status == CANCELLED:
@@ -1351,6 +1702,8 @@ cdef class Unfuture(_Item):
             kind = self._kind
             source = self._source
             outcome = self._outcome
+        if kind == CONTINUATION or kind == MAPPING:
+            source = outcome
         return describe(self, status, outcome, LABELS[kind], source)
 
     def __reduce__(self):
@@ -1377,7 +1730,7 @@ cdef class Unfuture(_Item):
 
 
 @cython.final
-cdef class JobQueue:
+cdef class JobQueue(_Line):
     """The work of a pool's threads: jobs in the order they came, and the workers that are idle.
 
     :param limit: how many workers there may be.
@@ -1386,10 +1739,7 @@ cdef class JobQueue:
 
     cdef int _limit
     cdef object _spawn
-    # A deque and its methods; what is in it, and the rest, belong to the section.
-    cdef object _jobs
-    cdef object _append
-    cdef object _popleft
+    # These belong to the section, as does the line.
     # What each idle worker waits on; the one that went idle last is woken first.
     cdef list _parked
     cdef int _workers
@@ -1400,9 +1750,6 @@ cdef class JobQueue:
     def __init__(self, int limit, spawn):
         self._limit = limit
         self._spawn = spawn
-        self._jobs = deque()
-        self._append = self._jobs.append
-        self._popleft = self._jobs.popleft
         self._parked = []
         self._ended = threading.Event()
 
@@ -1415,21 +1762,25 @@ cdef class JobQueue:
         return self.put(function, args, kwargs)
 
     cdef Unfuture put(self, function, tuple args, dict kwargs):
-        cdef Unfuture unfuture = blank()
-        cdef _Job job = _Job.__new__(_Job)
+        cdef Unfuture unfuture = blank_on_its_way()
+        cdef _Keywords keywords
         cdef _Blocked idle = None
-        cdef bint spawn = False
+        cdef bint spawn = False, lone
         refuse = None
-        job.function = function
-        job.args = args
-        job.kwargs = kwargs
-        job.context = PyContext_CopyCurrent()
-        unfuture._source = job
+        unfuture._source = function
+        if kwargs:
+            keywords = _Keywords.__new__(_Keywords)
+            keywords.args = args
+            keywords.kwargs = kwargs
+            unfuture._outcome = keywords
+        else:
+            unfuture._outcome = args
+        unfuture._extra = copy_context()
         unfuture._kind = JOB
         with cython.critical_section(self):
             refuse = self._refuse
             if refuse is None:
-                self._append(unfuture)
+                self.push(unfuture)
                 if self._parked:
                     idle = <_Blocked>self._parked.pop()
                 elif self._workers < self._limit:
@@ -1437,8 +1788,9 @@ cdef class JobQueue:
                     spawn = True
         if refuse is not None:
             raise refuse()
+        lone = is_lone_call()
         if idle is not None:
-            PyThread_release_lock(idle.lock)
+            wake_thread(idle.lock, lone)
         elif spawn:
             self.add_worker(unfuture)
         return unfuture
@@ -1464,8 +1816,8 @@ cdef class JobQueue:
         with cython.critical_section(self):
             self._workers -= 1
             if self._workers == 0:
-                while failed and self._jobs:
-                    stranded.append(self._popleft())
+                while failed and self._first is not None:
+                    stranded.append(self.pop())
                 ended = self._refuse is not None
         if ended:
             self._ended.set()
@@ -1483,14 +1835,13 @@ cdef class JobQueue:
             if prepare is not None:
                 prepare()
             while True:
-                unfuture = None
                 with cython.critical_section(self):
-                    if self._jobs:
-                        unfuture = <Unfuture>self._popleft()
-                    elif self._refuse is not None:
-                        end = True
-                    else:
-                        self._parked.append(parking)
+                    unfuture = <Unfuture>self.pop()
+                    note_idle(self._first is None)
+                    if unfuture is None:
+                        end = self._refuse is not None
+                        if not end:
+                            self._parked.append(parking)
                 if unfuture is not None:
                     unfuture.work()
                 elif end:
@@ -1539,13 +1890,13 @@ cdef class JobQueue:
     cdef Unfuture take(self):
         cdef Unfuture unfuture = None
         with cython.critical_section(self):
-            if self._jobs:
-                unfuture = <Unfuture>self._popleft()
+            unfuture = <Unfuture>self.pop()
         return unfuture
 
     def after_fork(self):
         """In the child: the workers, and the jobs that waited for them, stayed with the parent."""
-        self._jobs.clear()
+        while self.take() is not None:
+            pass
         self._parked = []
         self._workers = 0
 
@@ -1595,7 +1946,7 @@ cdef class Route:
             try:
                 if queue is not None:
                     return queue.put(function, args, kwargs)
-                return submit(function, args, kwargs)
+                return submit(function, args, {} if kwargs is None else kwargs)
             except RuntimeError:
                 # Was the executor shut down and replaced after `submit` had been read?
                 with cython.critical_section(self):
@@ -1619,11 +1970,15 @@ cdef class Launcher:
     :param binding: what the first argument is when it is looked up on an instance or a class.
     """
 
+    cdef vectorcallfunc _vectorcall
     cdef object _function
     cdef Route _route
     cdef int _binding
 
     __class_getitem__ = classmethod(GenericAlias)
+
+    def __cinit__(self):
+        self._vectorcall = launch_vector
 
     def __init__(self, function, Route route, int binding=0):
         self._function = function
@@ -1631,18 +1986,11 @@ cdef class Launcher:
         self._binding = binding
 
     def __call__(self, *args, **kwargs):
-        cdef Mailbox mailbox
-        cdef Unfuture unfuture
         if self._route is not None:
             return self._route.send(self._function, args, kwargs)
         mailbox = home()
         coro = self._function(*args, **kwargs) if kwargs else self._function(*args)
-        unfuture = blank()
-        unfuture._source = coro
-        unfuture._extra = PyContext_CopyCurrent()
-        unfuture._kind = COROUTINE
-        mailbox.post(unfuture)
-        return unfuture
+        return launch_coroutine(mailbox, coro)
 
     def __get__(self, instance, owner):
         if self._binding == BIND_NOTHING:
@@ -1650,3 +1998,58 @@ cdef class Launcher:
         if self._binding == BIND_CLASS:
             return MethodType(self, type(instance) if owner is None else owner)
         return self if instance is None else MethodType(self, instance)
+
+
+cdef inline Unfuture launch_coroutine(Mailbox mailbox, coro):
+    cdef Unfuture unfuture = blank_on_its_way()
+    if PyCoro_CheckExact(coro):
+        PyObject_GC_UnTrack(<PyObject *>coro)
+    unfuture._source = coro
+    unfuture._extra = copy_context()
+    unfuture._kind = COROUTINE
+    mailbox.post(unfuture)
+    return unfuture
+
+
+cdef PyObject *launch_vector(
+    PyObject *callee, PyObject *const *args, size_t nargsf, PyObject *names
+) except NULL:
+    """`Launcher.__call__` by the vectorcall protocol: no tuple and no dict on the way."""
+    cdef Launcher launcher = <Launcher>callee
+    cdef Py_ssize_t count = PyVectorcall_NARGS(nargsf), i
+    cdef Mailbox mailbox
+    cdef dict kwargs = None
+    cdef tuple positional = ()
+    if launcher._route is None:
+        mailbox = home()
+        coro = PyObject_Vectorcall(launcher._function, args, nargsf, names)
+        unfuture = launch_coroutine(mailbox, coro)
+    else:
+        if count:
+            positional = PyTuple_New(count)
+            for i in range(count):
+                Py_INCREF(<object>args[i])
+                PyTuple_SET_ITEM(positional, i, <object>args[i])
+        if names is not NULL:
+            kwargs = {}
+            for i, name in enumerate(<tuple>names):
+                kwargs[name] = <object>args[count + i]
+        unfuture = launcher._route.send(launcher._function, positional, kwargs)
+    Py_INCREF(unfuture)
+    return <PyObject *>unfuture
+
+
+cdef int offer_vectorcall() except -1:
+    """Says in the type where its instances keep `launch_vector`; subclasses made later inherit it.
+
+    Before 3.12 subclasses written in Python do not, and are called by `__call__`.
+    """
+    cdef Launcher launcher = Launcher.__new__(Launcher)
+    cdef PyTypeObject *cls = <PyTypeObject *>Launcher
+    cls.tp_vectorcall_offset = <char *>&launcher._vectorcall - <char *><PyObject *>launcher
+    cls.tp_flags |= Py_TPFLAGS_HAVE_VECTORCALL
+    PyType_Modified(cls)
+    return 0
+
+
+offer_vectorcall()

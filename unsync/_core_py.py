@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import sys
 import threading
+from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import suppress
@@ -32,6 +34,7 @@ from unsync._common import (
     FAILED,
     FINISHED,
     PENDING,
+    PLAIN_TYPES,
     RUNNING,
     STATE_NAMES,
     Mirror,
@@ -78,6 +81,10 @@ R = TypeVar("R")
 DRAIN_SECONDS = 0.002
 # How many items pass between two looks at the clock.
 DRAIN_STRIDE = 16
+# How many awaited calls may start one within the other: each takes some of the C stack.
+NESTING = 32
+# How many may start there and then in one turn of the loop, which others are waiting for.
+STARTS_IN_A_TURN = 256
 
 # Counts the forks above this process: an Unfuture of an older one has nobody to finish it.
 _generation = 0
@@ -137,7 +144,18 @@ class Mailbox:
     The loop is held weakly: it owns the mailbox.
     """
 
-    __slots__ = ("__weakref__", "_armed", "_items", "_loop", "live", "starting", "thread_id")
+    __slots__ = (
+        "__weakref__",
+        "_armed",
+        "_bell",
+        "_bell_lock",
+        "_items",
+        "_loop",
+        "_starts",
+        "live",
+        "starting",
+        "thread_id",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
@@ -149,8 +167,14 @@ class Mailbox:
         self.thread_id: int | None = None
         # asyncio holds tasks weakly; these have begun and must get to their end.
         self.live: dict[asyncio.Task[Any], Unfuture[Any]] = {}
-        # The one whose coroutine makes its first step now, perhaps a long one.
-        self.starting: Unfuture[Any] | None = None
+        # Those whose coroutines make their first step now, each within the one before it.
+        self.starting: list[Unfuture[Any]] = []
+        # How many awaited calls were started there and then, in this turn of the loop.
+        self._starts = 0
+        # The eventfd that wakes the loop, if there is one; guarded by the lock, a reentrant one,
+        # since a signal handler may make a call.
+        self._bell: int | None = None
+        self._bell_lock = threading.RLock()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -170,14 +194,64 @@ class Mailbox:
                 self.close()
             elif running_loop() is loop:
                 loop.call_soon(self._drain)
-            else:
+            elif not self._ring():
                 loop.call_soon_threadsafe(self._drain)
         except RuntimeError:
             if loop is not None and not loop.is_closed():
                 raise
             self.close()
 
+    # The bell: an eventfd costs one short system call to ring and one to still. The loop's own way
+    # to be woken, call_soon_threadsafe(), takes three on a socket pair, and more Python.
+
+    def open_bell(self) -> None:
+        """Has the loop woken by a bell of the mailbox's own, where there is such a thing.
+
+        Called before the loop runs, or in its thread.
+        """
+        if not hasattr(os, "eventfd"):
+            return
+        loop = self._loop()
+        assert loop is not None
+        try:
+            bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            return
+        try:
+            loop.add_reader(bell, self._on_bell)
+        except Exception:  # the loop has no readers, and will be woken in its own way
+            os.close(bell)
+            return
+        with self._bell_lock:
+            self._bell = bell
+
+    def close_bell(self) -> None:
+        """Called in the loop's thread before the loop is closed."""
+        with self._bell_lock:
+            bell, self._bell = self._bell, None
+        if bell is not None:
+            loop = self._loop()
+            assert loop is not None
+            loop.remove_reader(bell)
+            os.close(bell)
+
+    def _ring(self) -> bool:
+        """Rings the bell; False if there is none."""
+        with self._bell_lock:
+            if self._bell is None:
+                return False
+            os.eventfd_write(self._bell, 1)
+            return True
+
+    def _on_bell(self) -> None:
+        bell = self._bell
+        if bell is not None:
+            with suppress(BlockingIOError):
+                os.eventfd_read(bell)
+        self._drain()
+
     def _drain(self) -> None:
+        self._starts = 0
         items = self._items
         until = monotonic() + DRAIN_SECONDS
         try:
@@ -198,6 +272,24 @@ class Mailbox:
             raise
         self._wake()
 
+    def _start_now(self, unfuture: Unfuture[Any]) -> None:
+        """For an `await` in the loop itself: starts what is awaited there and then.
+
+        Only if it is all there is to do: what was called before is started before.
+        """
+        items = self._items
+        if self._starts >= STARTS_IN_A_TURN or len(self.starting) >= NESTING or len(items) != 1:
+            return
+        try:
+            item = items.popleft()
+        except IndexError:
+            return  # a shutdown gave up on the loop
+        if item is not unfuture:
+            items.appendleft(item)
+            return
+        self._starts += 1
+        unfuture._arrive(self)
+
     def close(self) -> None:
         """Abandons what is here, and leaves the box so that later items are abandoned too."""
         while True:
@@ -214,7 +306,7 @@ class Mailbox:
         """Starts `coro` as a task of this loop, in whose thread this is called."""
         loop = self._loop()
         assert loop is not None
-        self.starting = unfuture
+        self.starting.append(unfuture)
         try:
             task = _make_task(loop, coro, context)
         except BaseException as exc:
@@ -231,7 +323,7 @@ class Mailbox:
                 task.add_done_callback(partial(self._task_done, unfuture), context=context)
             del task
         finally:
-            self.starting = None
+            self.starting.pop()
             del unfuture  # a failure's traceback may lead to this frame
 
     def _task_done(self, unfuture: Unfuture[Any], task: asyncio.Task[Any]) -> None:
@@ -247,24 +339,59 @@ def _make_task(
         if hasattr(task, "set_name"):
             task.set_name(_name_of(coro))
         return task
-    name = _name_of(coro)
-    if sys.version_info >= (3, 12):
-        # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there
-        # to be asked for it, else asyncio would report that nobody did.
-        task = asyncio.Task.__new__(asyncio.Task)
-        try:
+    # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there to be
+    # asked for it, else asyncio would report that nobody did.
+    task = asyncio.Task.__new__(asyncio.Task)
+    try:
+        if sys.version_info >= (3, 12):
+            name = _name_of(coro)
             task.__init__(coro, loop=loop, name=name, context=context, eager_start=True)  # type: ignore[misc]
-            return task
-        except BaseException:
-            if task.done():
-                outcome_of_asyncio(task)
-            raise
-        finally:
-            # A failed coroutine's frame refers to this one, and the task to the failure.
-            del task
+        else:
+            _begin_at_once(task, loop, coro, context)
+        return task
+    except BaseException:
+        if task.done():
+            outcome_of_asyncio(task)
+        raise
+    finally:
+        # A failed coroutine's frame refers to this one, and the task to the failure.
+        del task
+
+
+def _begin_at_once(
+    task: asyncio.Task[T],
+    loop: asyncio.AbstractEventLoop,
+    coro: Coroutine[Any, Any, T],
+    context: Context,
+) -> None:
+    """Before Python 3.12: makes the first step of a task that the loop would make soon.
+
+    asyncio's own loops keep what they will call in `_ready`; others make the step in their turn.
+    """
+    name = _name_of(coro)
     if sys.version_info >= (3, 11):
-        return asyncio.Task(coro, loop=loop, name=name, context=context)
-    return context.run(partial(asyncio.Task, coro, loop=loop, name=name))
+        task.__init__(coro, loop=loop, name=name, context=context)  # type: ignore[misc]
+    else:
+        context.run(partial(task.__init__, coro, loop=loop, name=name))  # type: ignore[misc]
+    ready = getattr(loop, "_ready", None)
+    if type(ready) is not deque:
+        return
+    try:
+        handle = ready.pop()
+    except IndexError:
+        return
+    if getattr(handle._callback, "__self__", None) is not task:
+        ready.append(handle)  # another thread's; it comes before what this one adds
+        return
+    outer = asyncio.current_task(loop)
+    if outer is not None:
+        _leave_task(loop, outer)
+    try:
+        handle._run()
+    finally:
+        if outer is not None:
+            _enter_task(loop, outer)
+        del handle, task  # a failure's traceback may lead to this frame
 
 
 def _name_of(coro: object) -> str:
@@ -391,24 +518,33 @@ class _Park(_Waiter):
 
     def __next__(self) -> _Park:
         unfuture = self._unfuture
-        if unfuture.done():
-            del self  # the traceback of a failure holds this frame
-            try:
-                value = unfuture._awaited()
-            finally:
-                del unfuture
-            raise StopIteration(value)
+        if not unfuture.done() and self._must_wait():
+            return self
+        del self  # the traceback of a failure holds this frame
+        try:
+            value = unfuture._awaited()
+        finally:
+            del unfuture
+        raise StopIteration(value)
+
+    def _must_wait(self) -> bool:
         if self._begun:
             raise RuntimeError("await wasn't used with future")
+        self._begun = True
+        unfuture = self._unfuture
         loop = running_loop()
         if loop is None:
             raise RuntimeError(f"no running event loop to wait in for {unfuture!r}")
+        mailbox = _home
+        if unfuture._is_call() and mailbox is not None and mailbox.loop is loop:
+            mailbox._start_now(unfuture)
+            if unfuture.done():
+                return False
         unfuture._check_not_own(loop)
-        self._begun = True
         self._loop = loop
         self._mailbox = _mailbox_of(loop)
         self._asyncio_future_blocking = True
-        return self
+        return True
 
     # What a task asks of the future that it is parked on.
 
@@ -1031,6 +1167,10 @@ class Unfuture(Generic[T]):
             _fire_all(self, chain)
         return claimed
 
+    def _is_call(self) -> bool:
+        """Whether behind it is a coroutine that has not begun."""
+        return self._status == PENDING and type(self._source) is _Call
+
     def _begin(self) -> bool:
         """Marks it running, unless somebody finished or cancelled it before."""
         with self._lock:
@@ -1074,7 +1214,9 @@ class Unfuture(Generic[T]):
     def _resolve(self, result: Any, context: Context, mailbox: Mailbox) -> None:
         """In the ambient loop: finishes it with what a continuation returned, flattened."""
         try:
-            if isinstance(result, Unfuture):
+            if type(result) in PLAIN_TYPES:
+                self._complete(FINISHED, result)
+            elif isinstance(result, Unfuture):
                 self._follow(result)
             elif asyncio.isfuture(result):
                 self._follow(Unfuture(result))
