@@ -154,6 +154,7 @@ class Ambient:
                 if current.begun.wait(_STARTING_SECONDS):
                     self._use(current)
                 else:
+                    current.mailbox.close_bell()
                     loop.close()
                 raise
             self._use(current)

@@ -90,12 +90,11 @@ cdef extern from "pythread.h":
     unsigned long PyThread_get_thread_ident() nogil
 
 cdef extern from "Python.h":
-    ctypedef object (*newfunc)(object, object, PyObject *)
     ctypedef int (*initproc)(object, object, object) except -1
     ctypedef struct PyTypeObject:
         unsigned long tp_flags
         Py_ssize_t tp_vectorcall_offset
-        newfunc tp_new
+        object (*tp_new)(PyTypeObject *, object, PyObject *)
         initproc tp_init
     unsigned long Py_TPFLAGS_HAVE_VECTORCALL
     ctypedef PyObject *(*vectorcallfunc)(
@@ -140,6 +139,14 @@ cdef extern from *:
       static void bell_close(int bell) { (void)bell; }
     #endif
 
+    /* Lets a thread that was just woken have this core, if it waits for it. */
+    #ifdef _WIN32
+      static void step_aside(void) { }
+    #else
+      #include <sched.h>
+      static void step_aside(void) { sched_yield(); }
+    #endif
+
     #ifdef Py_GIL_DISABLED
       #define UNSYNC_WITH_GIL 0
     #else
@@ -150,6 +157,7 @@ cdef extern from *:
     bint bell_ring(int bell) noexcept nogil
     void bell_still(int bell) noexcept
     void bell_close(int bell) noexcept
+    void step_aside() noexcept nogil
     bint WITH_GIL "UNSYNC_WITH_GIL"
 
 # The states, as in `_common`.
@@ -276,9 +284,9 @@ cdef Mailbox mailbox_of(loop):
 # if the waker holds the GIL it sleeps again: one call costs three times the switches that it
 # needs. If the waker lets go of the GIL, the other does its work in that moment. But a burst would
 # then be served call by call, with two switches for each, where one wakeup could serve it all. So
-# the GIL is handed over where the waker would soon wait anyway, and kept where it has more to do.
-# These are guesses: a wrong one costs a few switches, nothing else. What they go by is guarded by
-# the GIL; without it there is nothing to guess.
+# the GIL is handed over, and the core with it, where the waker would soon wait anyway, and kept
+# where it has more to do. These are guesses: a wrong one costs a few switches, nothing else. What
+# they go by is guarded by the GIL; without it there is nothing to guess.
 
 # How many calls were made since somebody last asked for a result, and in the run before that.
 cdef int _calls = 0
@@ -321,6 +329,7 @@ cdef inline void wake_thread(PyThread_type_lock lock, bint hand_over) noexcept:
     if WITH_GIL and hand_over:
         with nogil:
             PyThread_release_lock(lock)
+            step_aside()
     else:
         PyThread_release_lock(lock)
 
@@ -614,7 +623,7 @@ cdef class Mailbox(_Line):
             return task
         # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there
         # to be asked for it, else asyncio would report that nobody did.
-        task = (<PyTypeObject *>Task).tp_new(Task, (), NULL)
+        task = (<PyTypeObject *>Task).tp_new(<PyTypeObject *>Task, (), NULL)
         try:
             if HAS_EAGER_TASKS:
                 self.begin_eagerly(task, loop, coro, context)
