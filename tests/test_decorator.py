@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import functools
 import inspect
+import itertools
 import logging
 import math
+import operator
 import os
 import pickle
+import sys
 import threading
+import types
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from conftest import PATIENCE, collect
+from conftest import PATIENCE, collect, wait_until
 
 from unsync import Unfuture, unsync
 
@@ -429,6 +434,232 @@ def test_arguments_pass_through(is_async: bool, option: str | None) -> None:
     assert marked(1, **names).result(PATIENCE) == ((1,), names)
 
 
+def arguments(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """What came: keywords in their order."""
+    return args, list(kwargs.items())
+
+
+async def async_arguments(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    return arguments(*args, **kwargs)
+
+
+NO_NAMES: dict[str, int] = {}
+SOME_NAMES = {"z": 3, "a": 4}
+MANY_NAMES = {f"name{number}": number for number in range(300)}
+CLASHES = dict.fromkeys(["self", "args", "kwargs", "function", "func", "fn", "names", "executor"])
+
+# Ways to call: what a marked function gets must be what a plain one gets.
+CALLS: dict[str, Callable[[Callable[..., Any]], Any]] = {
+    "nothing": lambda f: f(),
+    "one": lambda f: f(1),
+    "some": lambda f: f(1, "2", None),
+    "keyword": lambda f: f(word=1),
+    "keywords": lambda f: f(z=1, a=2, m=3),
+    "mixed": lambda f: f(1, 2, z=3, a=4),
+    "stars": lambda f: f(*(1, 2), **SOME_NAMES),
+    "empty stars": lambda f: f(*(), **NO_NAMES),
+    "all at once": lambda f: f(1, *(2, 3), y=4, **SOME_NAMES, b=6),
+    "many": lambda f: f(*range(300)),
+    "many names": lambda f: f(**MANY_NAMES),
+    "many of both": lambda f: f(*range(300), **MANY_NAMES),
+    "many names in another order": lambda f: f(**dict(reversed(MANY_NAMES.items()))),
+    "clashes": lambda f: f(**CLASHES),
+    "clashes after one": lambda f: f(1, **CLASHES),
+    "odd names": lambda f: f(**{"": 1, "a b": 2, "ä": 3, "class": 4}),
+    "partial": lambda f: functools.partial(f)(),
+    "partial with arguments": lambda f: functools.partial(f, 1, z=2)(3, a=4),
+    "partial, overridden": lambda f: functools.partial(f, z=1, a=2)(z=3, b=4),
+    "bound": lambda f: types.MethodType(f, "self")(1, a=2),
+    "bound, nothing": lambda f: types.MethodType(f, "self")(),
+    "bound, partial": lambda f: functools.partial(types.MethodType(f, "self"), 1)(z=2),
+    "dunder": lambda f: f.__call__(1, z=2, a=3),
+    "by its class": lambda f: type(f).__call__(f, 1, z=2, self=3),
+    "map": lambda f: next(map(f, [1], [2])),
+    "starmap": lambda f: next(itertools.starmap(f, [(1, 2, 3)])),
+    "context": lambda f: contextvars.copy_context().run(f, 1, z=2),
+}
+
+by_all_ways = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+A_POOL = ThreadPoolExecutor(1)
+MARKS: dict[str, Callable[[], Any]] = {
+    "function": lambda: unsync(arguments),
+    "coroutine": lambda: unsync(async_arguments),
+    "own executor": lambda: unsync(arguments, executor=A_POOL),
+    "own executor of ours": lambda: unsync(arguments, executor=type(unsync.thread_executor)(1)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed_in_the_end() -> Iterator[None]:
+    yield
+    A_POOL.shutdown()
+
+
+marked_all_ways = pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
+
+
+@by_all_ways
+@marked_all_ways
+def test_arguments_come_as_in_a_plain_call(
+    call: Callable[[Any], Any], mark: Callable[[], Any]
+) -> None:
+    assert call(mark()).result(PATIENCE) == call(arguments)
+
+
+class PlainHost:
+    def named(self, one: int, /, other: int = 2, *args: Any, word: str, **more: Any) -> Any:
+        assert isinstance(self, PlainHost)
+        return one, other, args, word, list(more.items())
+
+    static = staticmethod(arguments)
+
+    @classmethod
+    def by_class(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.__name__.replace("Marked", "Plain"), arguments(*args, **kwargs)
+
+
+class MarkedHost(PlainHost):
+    named = unsync(PlainHost.named)  # type: ignore[assignment]
+    static = unsync(staticmethod(arguments))
+    by_class = unsync(PlainHost.__dict__["by_class"])
+    regular = unsync(arguments)
+    coroutine = unsync(async_arguments)
+
+
+METHOD_CALLS: dict[str, Callable[[Any], Any]] = {
+    "named": lambda host: host.named(1, word="w"),
+    "named, all": lambda host: host.named(1, 3, 4, 5, z=6, word="w", self=7, one=8, a=9),
+    "by the class": lambda host: type(host).named(host, 1, word="w"),
+    "partial of a bound one": lambda host: functools.partial(host.named, 1, word="w")(3, self=4),
+    "static": lambda host: host.static(1, self=2),
+    "static by the class": lambda host: type(host).static(1, cls=2),
+    "by_class": lambda host: host.by_class(1, self=2),
+    "by_class by the class": lambda host: type(host).by_class(1, args=2),
+    "map of a static one": lambda host: next(map(host.static, [1])),
+    "methodcaller": lambda host: operator.methodcaller("named", 1, word="w", z=2)(host),
+}
+
+
+@pytest.mark.parametrize("call", METHOD_CALLS.values(), ids=METHOD_CALLS)
+def test_arguments_come_as_in_a_plain_methods_call(call: Callable[[Any], Any]) -> None:
+    assert call(MarkedHost()).result(PATIENCE) == call(PlainHost())
+
+
+@pytest.mark.parametrize("name", ["regular", "coroutine"])
+def test_a_method_gets_its_instance_first_and_any_name_after_it(name: str) -> None:
+    host = MarkedHost()
+    expected = (host, 1), [("self", 2), ("args", 3)]
+    assert getattr(host, name)(1, self=2, args=3).result(PATIENCE) == expected
+    assert getattr(MarkedHost, name)(host, 1, self=2, args=3).result(PATIENCE) == expected
+
+
+def test_marked_functions_are_called_by_map() -> None:
+    for mark in MARKS.values():
+        calls = list(map(mark(), range(100), range(100, 200)))
+        assert [call.result(PATIENCE) for call in calls] == [
+            ((number, number + 100), []) for number in range(100)
+        ]
+
+
+@marked_all_ways
+def test_keywords_that_are_no_strings_are_refused_at_the_call(mark: Callable[[], Any]) -> None:
+    for call in (lambda f: f(**{1: 2}), lambda f: f(1, a=2, **{None: 3})):
+        with pytest.raises(TypeError, match="keywords must be strings"):
+            call(mark())
+
+
+@marked_all_ways
+def test_a_call_takes_and_gives_back_its_references(mark: Callable[[], Any]) -> None:
+    if not hasattr(sys, "getrefcount"):
+        pytest.skip("nobody counts references here")
+    value, marked = object(), mark()
+    name = f"name{id(value)}"
+
+    def references() -> tuple[int, int]:
+        return sys.getrefcount(value), sys.getrefcount(name)
+
+    def call() -> None:
+        calls = [marked(value), marked(value, value, word=value), marked(**{name: value})]
+        for unfuture in calls:
+            unfuture.result(PATIENCE)
+
+    def given_back() -> bool:
+        collect()
+        return references() == before
+
+    call()
+    collect()
+    before = references()
+    for _ in range(100):
+        call()
+    wait_until(given_back)
+
+
+@pytest.mark.parametrize("setting", ["executor", "thread_executor", "process_executor"])
+def test_an_executor_hears_of_no_keywords_if_there_are_none(fresh: None, setting: str) -> None:
+    executor = Inline()
+    if setting == "executor":
+        marked = unsync(arguments, executor=executor)
+    else:
+        setattr(unsync, setting, executor)
+        marked = unsync(arguments, cpu_bound=setting == "process_executor")
+    assert marked().result(PATIENCE) == ((), [])
+    assert marked(1).result(PATIENCE) == ((1,), [])
+    assert marked(1, a=2).result(PATIENCE) == ((1,), [("a", 2)])
+    assert executor.calls == [((), {}), ((1,), {}), ((1,), {"a": 2})]
+
+
+# Subclasses.
+
+
+class Traced(unsync):  # type: ignore[misc, valid-type]
+    """One that has its own way to be called."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.setdefault("calls", []).append((args, list(kwargs.items())))
+        return super().__call__(*args, **kwargs)
+
+
+class Silent(unsync):  # type: ignore[misc, valid-type]
+    """One that has not."""
+
+
+@by_all_ways
+@pytest.mark.parametrize("function", [arguments, async_arguments])
+def test_a_subclass_can_have_its_own_way_to_be_called(
+    call: Callable[[Any], Any], function: Callable[..., Any]
+) -> None:
+    marked = Traced(function)
+    assert isinstance(marked, unsync)
+    assert call(marked).result(PATIENCE) == call(arguments)
+    assert marked.calls == [call(arguments)]
+    assert call(Silent(function)).result(PATIENCE) == call(arguments)
+
+
+@pytest.mark.parametrize("function", [arguments, async_arguments])
+def test_a_subclass_can_be_given_another_way_to_be_called_later(
+    function: Callable[..., Any],
+) -> None:
+    class Late(unsync):  # type: ignore[misc, valid-type]
+        pass
+
+    class Later(Late):
+        pass
+
+    marked, further = Late(function), Later(function)
+    for one in marked, further:
+        assert one(1, a=2).result(PATIENCE) == ((1,), [("a", 2)])
+    Late.__call__ = lambda self, *args, **kwargs: (self, args, kwargs)
+    for one in marked, further, Late(function):
+        assert one(1, a=2) == (one, (1,), {"a": 2})
+        assert next(map(one, [1])) == (one, (1,), {})
+        assert functools.partial(one, 1)(a=2) == (one, (1,), {"a": 2})
+        assert one.__get__(1)(2) == (one, (1, 2), {})
+    del Late.__call__
+    for one in marked, further, Late(function):
+        assert one(1, a=2).result(PATIENCE) == ((1,), [("a", 2)])
+
+
 def test_each_call_gets_keyword_arguments_of_its_own() -> None:
     given = {"a": [1]}
     result = unsync(lambda **kwargs: kwargs)(**given).result(PATIENCE)
@@ -436,9 +667,26 @@ def test_each_call_gets_keyword_arguments_of_its_own() -> None:
     assert result is not given
 
 
-def test_a_coroutine_function_refuses_wrong_arguments_at_the_call() -> None:
-    with pytest.raises(TypeError, match="async_where"):
-        unsync(async_where)(1, 2, 3)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda marked: marked(), "missing 1 required positional argument: 'one'"),
+        (lambda marked: marked(1, 2, 3), "takes .* positional arguments"),
+        (lambda marked: marked(1, one=2), "multiple values for argument 'one'"),
+        (lambda marked: marked(1, three=3), "unexpected keyword argument 'three'"),
+        (lambda marked: functools.partial(marked, 1)(2, 3), "takes .* positional arguments"),
+        (lambda marked: marked.__get__(1)(2, 3), "takes .* positional arguments"),
+    ],
+)
+def test_a_coroutine_function_refuses_wrong_arguments_at_the_call(
+    call: Callable[[Any], Any], words: str
+) -> None:
+    async def function(one: int, other: int = 0, *, word: str = "") -> int:
+        return one + other
+
+    with pytest.raises(TypeError, match=rf"function\(\).*{words}"):
+        call(unsync(function))
+    assert unsync(function)(1, other=2).result(PATIENCE) == 3
 
 
 def test_a_regular_function_refuses_wrong_arguments_through_its_unfuture() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import inspect
 import logging
 import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -13,12 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, collect, running
+from conftest import PATIENCE, collect, running, wait_until
 
 from unsync import Unfuture, unsync
+
+InThread = Callable[[Callable[[], object]], threading.Thread]
 
 
 class CountingLoop(asyncio.SelectorEventLoop):
@@ -34,15 +39,15 @@ class CountingLoop(asyncio.SelectorEventLoop):
         return super().call_soon_threadsafe(*args, **kwargs)
 
 
-class CountingBellLoop(asyncio.SelectorEventLoop):
-    """Keeps the mailbox's bell, which counts by itself how often it was rung."""
+class Belfry:
+    """A loop that keeps the mailbox's bell, which counts by itself how often it was rung."""
 
     bell = -1
 
     def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
         if getattr(callback, "__name__", "") == "_on_bell":
             self.bell = fd
-        super().add_reader(fd, callback, *args)
+        super().add_reader(fd, callback, *args)  # type: ignore[misc]
 
     @property
     def wakeups(self) -> int:
@@ -52,6 +57,15 @@ class CountingBellLoop(asyncio.SelectorEventLoop):
             return 0
         os.eventfd_write(self.bell, rung)
         return rung
+
+
+class CountingBellLoop(Belfry, asyncio.SelectorEventLoop):
+    """asyncio's own."""
+
+
+def counting_uvloop() -> asyncio.AbstractEventLoop:
+    uvloop = pytest.importorskip("uvloop")
+    return type("CountingUvloop", (Belfry, uvloop.Loop), {})()
 
 
 needs_eventfd = pytest.mark.skipif(not hasattr(os, "eventfd"), reason="no eventfd here")
@@ -109,10 +123,14 @@ async def give(value: int) -> int:
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(
     "kind",
-    [CountingLoop, pytest.param(CountingBellLoop, marks=needs_eventfd)],
+    [
+        CountingLoop,
+        pytest.param(CountingBellLoop, marks=needs_eventfd),
+        pytest.param(counting_uvloop, marks=needs_eventfd),
+    ],
 )
 def test_a_burst_of_calls_wakes_the_busy_loop_once(
-    kind: type[CountingLoop | CountingBellLoop],
+    kind: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     unsync.loop_factory = kind
     loop: Any = unsync.loop
@@ -337,6 +355,28 @@ def test_a_waiter_that_cannot_be_told_does_not_lose_the_others(
     assert "not now" in caplog.text
 
 
+@pytest.mark.usefixtures("fresh")
+def test_a_wakeup_that_fails_does_not_make_the_loop_deaf() -> None:
+    """Ctrl-C may come at any moment: then, too."""
+
+    class Interrupted(CountingLoop):
+        interrupts = 0
+
+        def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+    unsync.loop_factory = Interrupted
+    loop: Any = unsync.loop
+    with held(loop):
+        loop.interrupts = 1
+        with pytest.raises(KeyboardInterrupt):
+            give(1)
+    assert give(2).result(PATIENCE / 4) == 2
+
+
 # A closed loop's items are abandoned.
 
 
@@ -452,3 +492,297 @@ def test_what_waits_in_a_closed_loop_is_dropped_without_noise(
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
     assert seen == []
     assert unfuture.result(0) == 1
+
+
+# The bell.
+
+
+def open_descriptors() -> int:
+    collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+class NoReaders(asyncio.SelectorEventLoop):
+    """As asyncio's Proactor loop is."""
+
+    error: type[Exception] = NotImplementedError
+
+    def add_reader(self, *args: object) -> None:
+        raise self.error
+
+    def remove_reader(self, *args: object) -> bool:
+        raise self.error
+
+
+def uvloops_own() -> asyncio.AbstractEventLoop:
+    return pytest.importorskip("uvloop").new_event_loop()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of descriptors here")
+@pytest.mark.parametrize("factory", [None, uvloops_own, NoReaders])
+def test_starts_and_ends_leak_no_descriptor(
+    factory: Callable[[], asyncio.AbstractEventLoop] | None,
+) -> None:
+    unsync.loop_factory = factory
+    seen = []
+    for _ in range(20):
+        assert give(1).result(PATIENCE) == 1
+        assert unsync.shutdown(PATIENCE)
+        seen.append(open_descriptors())
+    assert len(set(seen[1:])) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of descriptors here")
+def test_starts_that_fail_leak_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = open_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            give(1)
+    assert open_descriptors() == before
+    assert give(1).result(PATIENCE) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("error", [NotImplementedError, PermissionError, ValueError])
+def test_a_loop_that_takes_no_reader_hears_of_everything(error: type[Exception]) -> None:
+    unsync.loop_factory = type("Loop", (NoReaders,), {"error": error})
+    gate = Unfuture[int]()
+
+    @unsync
+    async def wait() -> int:
+        return await gate + await give(1)
+
+    @unsync
+    async def wait_for_ever() -> None:
+        await Unfuture()
+
+    for _ in range(2):  # and after a shutdown as well
+        for number in range(50):
+            assert give(number).result(PATIENCE) == number
+        calls = [give(number) for number in range(1000)]
+        assert [call.result(PATIENCE) for call in calls] == list(range(1000))
+        assert Unfuture.from_value(1).map(str).result(PATIENCE) == "1"
+        waiting, endless = wait(), wait_for_ever()
+        give(1).result(PATIENCE)
+        if not gate.done():
+            gate.set_result(1)
+        assert waiting.result(PATIENCE) == 2
+        assert unsync.shutdown(PATIENCE)
+        assert endless.cancelled()
+
+
+@needs_eventfd
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("kind", [CountingBellLoop, counting_uvloop])
+def test_the_bell_is_still_when_the_calls_begin(
+    kind: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """A loop with a bell that goes on ringing would never sleep."""
+    unsync.loop_factory = kind
+    loop: Any = unsync.loop
+
+    @unsync
+    async def listen() -> Any:
+        return loop.wakeups
+
+    assert [listen().result(PATIENCE) for _ in range(10)] == [0] * 10
+    with held(loop):
+        calls = [listen() for _ in range(10)]
+        assert loop.wakeups == 1
+    assert [call.result(PATIENCE) for call in calls] == [0] * 10
+
+
+@pytest.mark.usefixtures("fresh")
+def test_uvloop_hears_of_everything() -> None:
+    unsync.loop_factory = uvloops_own
+
+    @unsync
+    def work(number: int) -> int:
+        return number
+
+    @unsync
+    async def main() -> list[int]:
+        one_by_one = [await give(number) + await work(number) for number in range(50)]
+        return one_by_one + await asyncio.gather(*[give(n) for n in range(500)], *map(work, (1, 2)))
+
+    for _ in range(2):  # and after a shutdown as well
+        for number in range(100):
+            assert give(number).result(PATIENCE) == number
+        calls = [give(number) for number in range(5000)]
+        assert [call.result(PATIENCE) for call in calls] == list(range(5000))
+        assert main().result(PATIENCE) == [*range(0, 100, 2), *range(500), 1, 2]
+        assert work(1).map(give).result(PATIENCE) == 1
+        assert unsync.shutdown(PATIENCE)
+
+
+class Trespassed:
+    """Files that take the numbers of descriptors just closed, and that nobody should write to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> list[int]:
+        self._files = [
+            os.open(self._folder / f"{number}", os.O_RDWR | os.O_CREAT, 0o600)
+            for number in range(16)
+        ]
+        return self._files
+
+    def __exit__(self, *_: object) -> None:
+        sizes = [os.fstat(file).st_size for file in self._files]
+        for file in self._files:
+            os.close(file)
+        assert sizes == [0] * len(sizes)
+
+
+@needs_eventfd
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("kind", [CountingBellLoop, counting_uvloop])
+def test_a_bell_that_is_gone_is_not_rung(
+    kind: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    unsync.loop_factory = kind
+    loop: Any = unsync.loop  # kept: its mailbox has no other way to know that it is closed
+    gate = Unfuture[int]()
+
+    @unsync
+    async def add() -> None:
+        gate.add_done_callback(lambda _: None)
+
+    async def never() -> None:
+        raise AssertionError("it has begun")
+
+    add().result(PATIENCE)
+    trespassed = Trespassed(tmp_path)
+
+    def shut_down_in_between() -> Any:
+        assert unsync.shutdown(PATIENCE)
+        assert loop.bell in trespassed.__enter__()
+        return never()
+
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(shut_down_in_between)
+    else:
+        shut_down_in_between._is_coroutine = asyncio.coroutines._is_coroutine
+    assert unsync(shut_down_in_between)().cancelled()
+    gate.set_result(1)
+    trespassed.__exit__()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors are numbered otherwise")
+def test_calls_that_race_with_shutdowns_end_and_write_to_no_file(
+    in_thread: InThread, tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    outcomes: Counter[str] = Counter()
+    ended: list[int] = []
+
+    def outcome(unfuture: Unfuture[int], expected: int) -> str:
+        try:
+            return "right" if unfuture.result(PATIENCE) == expected else "wrong"
+        except concurrent.futures.CancelledError:
+            return "cancelled"
+        except BaseException as exc:
+            return repr(exc)
+
+    def call_one_by_one() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            outcomes[outcome(give(number), number)] += 1
+        ended.append(number)
+
+    def call_in_bursts() -> None:
+        total = 0
+        while not stop.is_set():
+            calls = [give(number).map(give) for number in range(50)]
+            outcomes.update(map(outcome, calls, range(50)))
+            total += 50
+        ended.append(total)
+
+    threads = [in_thread(call) for call in (call_one_by_one, call_in_bursts) * 2]
+    try:
+        for _ in range(40):
+            before = outcomes["right"]
+            wait_until(lambda before=before: outcomes["right"] > before + 20 or stop.is_set())
+            assert unsync.shutdown(PATIENCE)
+            with Trespassed(tmp_path):
+                wait_until(lambda before=before: outcomes["right"] > before + 40 or stop.is_set())
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert len(ended) == 4
+    assert set(outcomes) <= {"right", "cancelled"}
+    assert sum(outcomes.values()) == sum(ended)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("factory", ["None", "uvloop.new_event_loop"])
+def test_a_childs_calls_and_its_parents_do_not_wake_each_other(
+    factory: str, run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """A fork shares the descriptors: the bell, and the loop's own list of its readers."""
+    if "uvloop" in factory:
+        pytest.importorskip("uvloop")
+    program = f"""
+        import os, signal, threading
+        from unsync import Unfuture, unsync
+        if "uvloop" in "{factory}":
+            import uvloop
+        unsync.loop_factory = {factory}
+
+        @unsync
+        async def give(value):
+            return value
+
+        @unsync
+        async def wait():
+            return await gate
+
+        def use():
+            for number in range(100):
+                assert give(number).result(5) == number
+            calls = [give(number).map(give) for number in range(100)]
+            assert [call.result(5) for call in calls] == list(range(100))
+
+        def hold():
+            entered.set()
+            leave.wait(5)
+
+        gate, entered, leave = Unfuture(), threading.Event(), threading.Event()
+        waiting = wait()
+        use()
+        unsync.loop.call_soon_threadsafe(hold)
+        entered.wait(5)
+        calls = [give(number) for number in range(100)]  # the bell has been rung
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            status = 1
+            try:
+                gate.set_result("the child's")
+                for _ in range(3):
+                    use()
+                    assert unsync.shutdown(5)
+                status = 0
+            finally:
+                os._exit(status)
+        print(os.waitpid(pid, 0)[1])
+        leave.set()
+        print([call.result(5) for call in calls] == list(range(100)))
+        use()
+        print(waiting.done())
+        gate.set_result("the parent's")
+        print(waiting.result(5), unsync.shutdown(5))
+    """
+    done = run_python(program, "-W", "ignore:This process:DeprecationWarning")
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["0", "True", "False", "the parent's True"]

@@ -329,6 +329,147 @@ def test_what_is_not_awaitable_is_the_result_itself(value: object) -> None:
     assert Unfuture.from_value(1).then(lambda _: value).result(PATIENCE) is value
 
 
+@both
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        bytearray(b"1"),
+        b"1",
+        1j,
+        {"a": 1},
+        1.5,
+        frozenset({1}),
+        10**30,
+        [1],
+        {1},
+        "text",
+        (1, 2),
+        None,
+        object(),
+        int,
+        range(3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_value_comes_through_as_it_is(method: str, value: object) -> None:
+    assert getattr(Unfuture.from_value(1), method)(lambda _: value).result(PATIENCE) is value
+
+
+@both
+@pytest.mark.parametrize("container", [list, tuple, set, frozenset])
+def test_an_awaitable_in_a_container_is_left_there(
+    method: str, container: Callable[..., Any]
+) -> None:
+    inner = Unfuture[int]()
+    result = getattr(Unfuture.from_value(1), method)(lambda _: container([inner])).result(PATIENCE)
+    assert list(result) == [inner]
+    assert not inner.done()
+
+
+AWAITABLE_VALUES = [
+    type(f"Awaitable{kind.__name__}", (kind,), {"__await__": Steps.__await__})
+    for kind in (int, str, bytes, bytearray, float, complex, tuple, list, dict, set, frozenset)
+]
+
+
+@both
+@pytest.mark.parametrize("kind", AWAITABLE_VALUES)
+def test_a_value_that_can_be_awaited_is_flattened(method: str, kind: type) -> None:
+    assert getattr(Unfuture.from_value(1), method)(lambda _: kind()).result(PATIENCE) == 42
+
+
+@both
+@pytest.mark.parametrize("kind", AWAITABLE_VALUES)
+def test_a_value_of_a_class_that_cannot_be_awaited_comes_through(method: str, kind: type) -> None:
+    value = type("Plain", kind.__bases__, {})()
+    assert getattr(Unfuture.from_value(1), method)(lambda _: value).result(PATIENCE) is value
+
+
+@both
+def test_a_generator_based_coroutine_is_awaited_and_a_generator_is_not(method: str) -> None:
+    def steps() -> Generator[None, None, int]:
+        seen.append("begun")
+        yield
+        return 42
+
+    seen: list[str] = []
+    source = Unfuture.from_value(1)
+    generator = getattr(source, method)(lambda _: steps()).result(PATIENCE)
+    assert isinstance(generator, types.GeneratorType)
+    assert seen == []
+    assert getattr(source, method)(lambda _: types.coroutine(steps)()).result(PATIENCE) == 42
+    assert seen == ["begun"]
+
+
+class Duck:
+    """A future by asyncio's own definition: it has `_asyncio_future_blocking`."""
+
+    _asyncio_future_blocking = False
+
+    def __init__(self) -> None:
+        self.future = asyncio.get_running_loop().create_future()
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
+        return getattr(self.future, name)
+
+
+class DuckInt(int):
+    """A value that is a future too: the future counts."""
+
+    _asyncio_future_blocking = False
+    future: asyncio.Future[int]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.future, name)
+
+
+@both
+@pytest.mark.parametrize("done_before", [True, False])
+@pytest.mark.parametrize("kind", [Duck, DuckInt])
+def test_what_asyncio_takes_for_a_future_is_followed(
+    method: str, done_before: bool, kind: type
+) -> None:
+    ducks: list[Any] = []
+
+    def make(_: object) -> Any:
+        duck = kind()
+        duck.future = asyncio.get_running_loop().create_future()
+        assert asyncio.isfuture(duck)
+        if done_before:
+            duck.future.set_result(42)
+        ducks.append(duck)
+        return duck
+
+    unfuture = getattr(Unfuture.from_value(1), method)(make)
+    if not done_before:
+        wait_until(lambda: ducks)
+        Unfuture.from_value(1).map(str).result(PATIENCE)
+        assert not unfuture.done()
+        unsync.loop.call_soon_threadsafe(ducks[0].future.set_result, 42)
+    assert unfuture.result(PATIENCE) == 42
+
+
+@both
+def test_cancelling_cancels_what_asyncio_takes_for_a_future(method: str) -> None:
+    ducks: list[Duck] = []
+
+    def make(_: object) -> Any:
+        ducks.append(Duck())
+        return ducks[0]
+
+    unfuture = getattr(Unfuture.from_value(1), method)(make)
+    wait_until(lambda: ducks)
+    Unfuture.from_value(1).map(str).result(PATIENCE)
+    assert unfuture.cancel("enough")
+    with pytest.raises(asyncio.CancelledError):
+        unfuture.result(PATIENCE)
+    assert ducks[0].future.cancelled()
+    assert "cancel" in ducks[0].asked
+
+
 @pytest.mark.parametrize("make", [unsync(coroutine), coroutine, pending, Steps, asyncio_future])
 def test_flattening_waits_before_the_next_continuation(make: Callable[[], Any]) -> None:
     unfuture = Unfuture.from_value(None).then(lambda _: make()).then(lambda flat: flat.result() + 1)

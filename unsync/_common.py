@@ -128,6 +128,15 @@ def check_exception(exception: object) -> BaseException:
     raise TypeError(f"set_exception() takes an exception or an exception class, not {exception!r}")
 
 
+def has_room() -> bool:
+    """Whether the stack is far enough from the recursion limit to start something within it."""
+    try:
+        sys._getframe(sys.getrecursionlimit() // 2)
+    except ValueError:
+        return True
+    return False
+
+
 def check_callable(what: str, function: object) -> None:
     if not callable(function):
         raise TypeError(f"{what} must be callable, not {function!r}")

@@ -49,6 +49,7 @@ from unsync._common import (
     check_exception,
     close_unstarted,
     describe,
+    has_room,
     is_awaitable,
     is_coroutine,
     logger,
@@ -191,6 +192,8 @@ cdef int NESTING = 32
 cdef int STARTS_IN_A_TURN = 256
 
 cdef bint HAS_EAGER_TASKS = sys.version_info >= (3, 12)
+# Python's recursion limit then holds for calls in C, too.
+cdef bint COUNTS_CALLS_IN_C = sys.version_info < (3, 12)
 cdef bint HAS_TASK_CONTEXT = sys.version_info >= (3, 11)
 cdef double LONGEST_WAIT = threading.TIMEOUT_MAX
 
@@ -459,10 +462,14 @@ cdef class Mailbox(_Line):
                 loop.call_soon(self._drain)
             elif not self.ring():
                 loop.call_soon_threadsafe(self._drain)
-        except RuntimeError:
-            if loop is not None and not loop.is_closed():
-                raise
-            self.close()
+        except BaseException as exc:
+            if type(exc) is RuntimeError and loop is not None and loop.is_closed():
+                self.close()
+                return 0
+            # Nobody is coming: whoever posts next must try again. A Ctrl-C may be what failed.
+            with cython.critical_section(self):
+                self._armed = False
+            raise
         return 0
 
     # The bell: an eventfd costs one short system call to ring and one to still. The loop's own way
@@ -570,6 +577,8 @@ cdef class Mailbox(_Line):
         """
         cdef bint alone = False
         if self._starts >= STARTS_IN_A_TURN or len(self._starting) >= NESTING:
+            return 0
+        if COUNTS_CALLS_IN_C and not has_room():
             return 0
         with cython.critical_section(self):
             alone = self._first is unfuture and self._last is unfuture

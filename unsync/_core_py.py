@@ -47,6 +47,7 @@ from unsync._common import (
     check_exception,
     close_unstarted,
     describe,
+    has_room,
     is_awaitable,
     is_coroutine,
     logger,
@@ -196,10 +197,13 @@ class Mailbox:
                 loop.call_soon(self._drain)
             elif not self._ring():
                 loop.call_soon_threadsafe(self._drain)
-        except RuntimeError:
-            if loop is not None and not loop.is_closed():
-                raise
-            self.close()
+        except BaseException as exc:
+            if type(exc) is RuntimeError and loop is not None and loop.is_closed():
+                self.close()
+                return
+            # Nobody is coming: whoever posts next must try again. A Ctrl-C may be what failed.
+            self._armed = False
+            raise
 
     # The bell: an eventfd costs one short system call to ring and one to still. The loop's own way
     # to be woken, call_soon_threadsafe(), takes three on a socket pair, and more Python.
@@ -279,6 +283,8 @@ class Mailbox:
         """
         items = self._items
         if self._starts >= STARTS_IN_A_TURN or len(self.starting) >= NESTING or len(items) != 1:
+            return
+        if not has_room():
             return
         try:
             item = items.popleft()
@@ -1414,7 +1420,7 @@ class Unfuture(Generic[T]):
         return rebuild, arguments, getattr(self, "__dict__", None)
 
     def __del__(self) -> None:
-        if self._unseen:
+        if getattr(self, "_unseen", False):  # none, if its making was interrupted
             self._unseen = False
             mailbox = _home
             report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
