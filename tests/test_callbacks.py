@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -402,8 +403,96 @@ def test_one_that_raises_in_a_loop_is_logged_and_stops_no_other(
     unfuture.set_result(42)
     before.the_call()
     after.the_call()
-    assert logged(caplog, kind) == 1
+    wait_until(lambda: logged(caplog, kind) == 1, "the log entry")
     assert "bad" in caplog.text
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("finisher", ["thread", "loop"])
+def test_the_loops_exception_handler_hears_of_one_that_raises(
+    finisher: str, debug: bool, loop: asyncio.AbstractEventLoop
+) -> None:
+    """As from asyncio's own futures: with the same entries, and in the same context."""
+    heard: list[tuple[dict[str, Any], str]] = []
+    context = contextvars.copy_context()
+    context.run(variable.set, "of the callback")
+
+    def handle(_: object, entries: dict[str, Any]) -> None:
+        heard.append((entries, variable.get()))
+
+    def bad(_: Any) -> None:
+        raise Boom
+
+    def add(future: Any) -> None:
+        future.add_done_callback(bad, context=context)
+
+    unfuture: Unfuture[int] = Unfuture()
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(handle)
+    loop.set_debug(debug)
+    try:
+        own: asyncio.Future[int] = in_loop(loop, loop.create_future)
+        in_loop(loop, add, own)
+        in_loop(loop, own.set_result, 42)
+        in_loop(loop, add, unfuture)
+        if finisher == "loop":
+            in_loop(loop, unfuture.set_result, 42)
+        else:
+            unfuture.set_result(42)
+        wait_until(lambda: len(heard) == 2)
+    finally:
+        loop.set_debug(False)
+        loop.set_exception_handler(before)
+    (theirs, their_variable), (ours, our_variable) = heard
+    assert set(ours) == set(theirs)
+    assert isinstance(ours["exception"], Boom)
+    assert ours["message"].startswith("Exception in callback ")
+    for told in ours["message"], repr(ours["handle"]):
+        assert "bad" in told or "call_in_ambient_loop" in told
+    assert our_variable == their_variable
+
+
+def test_one_whose_context_is_in_use_is_reported_and_stops_no_other(
+    loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfuture: Unfuture[int] = Unfuture()
+    context = contextvars.copy_context()
+    before, never, after = Notes(), Notes(), Notes()
+    in_loop(loop, unfuture.add_done_callback, before)
+    in_loop(loop, lambda: unfuture.add_done_callback(never, context=context))
+    in_loop(loop, unfuture.add_done_callback, after)
+
+    def use() -> None:
+        unfuture.set_result(42)
+        after.the_call()
+        wait_until(lambda: logged(caplog, RuntimeError) == 1, "the log entry")
+
+    context.run(use)
+    assert len(before.calls) == 1
+    assert not never.calls
+
+
+def test_a_loop_in_debug_mode_times_each_callback(
+    loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    def slow(_: object) -> None:
+        time.sleep(0.02)
+
+    unfuture: Unfuture[int] = Unfuture()
+    notes = Notes()
+    before = loop.slow_callback_duration
+    loop.slow_callback_duration = 0.01
+    loop.set_debug(True)
+    try:
+        for callback in slow, notes:
+            in_loop(loop, unfuture.add_done_callback, callback)
+        with caplog.at_level("WARNING"):
+            unfuture.set_result(42)
+            notes.the_call()
+    finally:
+        loop.set_debug(False)
+        loop.slow_callback_duration = before
+    assert "slow" in caplog.text or "call_in_ambient_loop" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

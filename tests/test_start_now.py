@@ -85,7 +85,6 @@ def test_what_never_suspends_is_done_without_a_turn_of_the_loop(run: Callable[[M
     assert run(main_that_counts_turns) == (40, 0)
 
 
-@since_312
 @pytest.mark.usefixtures("fresh")
 def test_what_never_suspends_is_done_without_a_turn_of_uvloop() -> None:
     unsync.loop_factory = pytest.importorskip("uvloop").new_event_loop
@@ -872,6 +871,89 @@ def test_asyncios_own_eager_factory_is_honoured() -> None:
     unsync(set_it)().result(PATIENCE)
     assert a_call_in_its_first_step(main_that_counts_turns) == (40, 0)
     assert made == [main_that_counts_turns.__qualname__] + [give.__qualname__] * 10
+
+
+def note_calls(loop: Any, noted: list[Any]) -> None:
+    def call_soon(callback: Any, *args: Any, **options: Any) -> Any:
+        noted.append(callback)
+        return type(loop).call_soon(loop, callback, *args, **options)
+
+    loop.call_soon = call_soon
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("loops", ["asyncio", "uvloop"])
+def test_a_loop_has_its_call_soon_back_when_a_task_is_made(loops: str) -> None:
+    """Before Python 3.12 it is taken from it for that long."""
+    if loops == "uvloop":
+        unsync.loop_factory = pytest.importorskip("uvloop").new_event_loop
+    loop = unsync.loop
+
+    class Refused(str):
+        """A name that no task takes."""
+
+        def __str__(self) -> str:
+            raise OSError("no name today")
+
+    async def main() -> None:
+        for function in give, give_later:
+            assert await function(1) == 1
+            assert "call_soon" not in vars(loop)
+        refused = give.__wrapped__(1)
+        refused.__qualname__ = Refused("refused")
+        with pytest.raises(OSError, match="no name today"):
+            await Unfuture(refused)
+        assert "call_soon" not in vars(loop)
+        assert await give(2) == 2
+
+    a_call_in_its_first_step(main)
+    a_call_in_a_later_step(main)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_call_soon_that_somebody_put_on_the_loop_stays_there() -> None:
+    noted: list[Any] = []
+    loop = unsync.loop
+
+    async def main() -> Any:
+        note_calls(loop, noted)
+        own = vars(loop)["call_soon"]
+        assert await give(1) == 1
+        assert await give_later(2) == 2
+        assert vars(loop)["call_soon"] is own
+        loop.call_soon(noted.append, "mine")
+        return await asyncio.wait_for(give_later(3), PATIENCE)
+
+    assert a_call_in_its_first_step(main) == 3
+    assert "mine" in noted
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_else_is_called_soon_while_a_task_is_made_is_not_lost() -> None:
+    """A task's name is turned to text while the task is made: code of anybody's may run there."""
+    loop = unsync.loop
+    seen: list[str] = []
+
+    class Name(str):
+        def __str__(self) -> str:
+            loop.call_soon(seen.append, "called soon")
+            asyncio.Task(plain(), loop=loop)
+            return "a name"
+
+    async def plain() -> None:
+        seen.append("another task")
+
+    async def main() -> Any:
+        coro = give.__wrapped__(42)
+        coro.__qualname__ = Name("name")
+        value = await Unfuture(coro)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return value
+
+    for run in a_call_in_its_first_step, a_call_in_a_later_step:
+        assert run(main) == 42
+    assert Counter(seen) == {"called soon": 2, "another task": 2}
 
 
 @pytest.mark.usefixtures("fresh")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import concurrent.futures
+import functools
 import inspect
 import logging
 import os
@@ -18,6 +19,8 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextvars import Context
+
     from unsync._core_py import Unfuture
 
 logger = logging.getLogger("unsync")
@@ -128,15 +131,6 @@ def check_exception(exception: object) -> BaseException:
     raise TypeError(f"set_exception() takes an exception or an exception class, not {exception!r}")
 
 
-def has_room() -> bool:
-    """Whether the stack is far enough from the recursion limit to start something within it."""
-    try:
-        sys._getframe(sys.getrecursionlimit() // 2)
-    except ValueError:
-        return True
-    return False
-
-
 def check_callable(what: str, function: object) -> None:
     if not callable(function):
         raise TypeError(f"{what} must be callable, not {function!r}")
@@ -150,6 +144,34 @@ def is_awaitable(value: object) -> bool:
     if isinstance(value, GeneratorType):
         return inspect.isawaitable(value)
     return hasattr(type(value), "__await__")
+
+
+def report_failed_callback(
+    callback: Callable[[Unfuture[Any]], object],
+    unfuture: Unfuture[Any],
+    context: Context,
+    failure: BaseException,
+    loop: asyncio.AbstractEventLoop,
+    is_ambient: bool,
+) -> None:
+    """Has the loop report a failure of `callback` as it reports those of its own callbacks."""
+    if is_ambient and isinstance(failure, (KeyboardInterrupt, SystemExit)):
+        # It would leave the loop, where nobody runs it who could hear of it.
+        log_failed_callback(callback, unfuture, failure)
+        return
+
+    @functools.wraps(callback, updated=())
+    def fail_again(_: Unfuture[Any]) -> None:
+        raise failure
+
+    # In a copy: that somebody else is in the context now may be what failed.
+    loop.call_soon(fail_again, unfuture, context=context.copy())
+
+
+def log_failed_callback(
+    callback: Callable[[Unfuture[Any]], object], unfuture: Unfuture[Any], failure: BaseException
+) -> None:
+    logger.error("exception calling callback %r for %r", callback, unfuture, exc_info=failure)
 
 
 async def wait_for_awaitable(awaitable: Any) -> Any:

@@ -49,14 +49,15 @@ from unsync._common import (
     check_exception,
     close_unstarted,
     describe,
-    has_room,
     is_awaitable,
     is_coroutine,
+    log_failed_callback,
     logger,
     mirror_of,
     orphan_error,
     outcome_of_asyncio,
     rebuild,
+    report_failed_callback,
     report_unseen_failure,
     wait_for_awaitable,
     would_deadlock_error,
@@ -148,6 +149,21 @@ cdef extern from *:
       static void step_aside(void) { sched_yield(); }
     #endif
 
+    /* Whether the stack is far enough from the recursion limit to start something within it: up to
+       Python 3.11 the limit holds for calls in C, too. */
+    #if PY_VERSION_HEX < 0x030B0000
+      static int has_room(void) {
+        return PyThreadState_Get()->recursion_depth < Py_GetRecursionLimit() / 2;
+      }
+    #elif PY_VERSION_HEX < 0x030C0000
+      static int has_room(void) {
+        const PyThreadState *thread = PyThreadState_Get();
+        return thread->recursion_remaining > thread->recursion_limit / 2;
+      }
+    #else
+      static int has_room(void) { return 1; }
+    #endif
+
     #ifdef Py_GIL_DISABLED
       #define UNSYNC_WITH_GIL 0
     #else
@@ -159,6 +175,7 @@ cdef extern from *:
     void bell_still(int bell) noexcept
     void bell_close(int bell) noexcept
     void step_aside() noexcept nogil
+    bint has_room() noexcept
     bint WITH_GIL "UNSYNC_WITH_GIL"
 
 # The states, as in `_common`.
@@ -192,8 +209,6 @@ cdef int NESTING = 32
 cdef int STARTS_IN_A_TURN = 256
 
 cdef bint HAS_EAGER_TASKS = sys.version_info >= (3, 12)
-# Python's recursion limit then holds for calls in C, too.
-cdef bint COUNTS_CALLS_IN_C = sys.version_info < (3, 12)
 cdef bint HAS_TASK_CONTEXT = sys.version_info >= (3, 11)
 cdef double LONGEST_WAIT = threading.TIMEOUT_MAX
 
@@ -415,10 +430,17 @@ cdef class Mailbox(_Line):
     cdef int _calls
     cdef int _calls_before
     cdef int _starts
-    # The loop, while the box is drained.
+    # The loop, while the box is drained, and whether it is in debug mode.
     cdef object _running
+    cdef bint _debug
     # The keywords for the next task, unless they are in use.
     cdef dict _options
+    # Before Python 3.12: the task that is being made, its first step, and what catches that.
+    cdef object _beginner
+    cdef object _first_step
+    cdef object _context
+    cdef object _catch
+    cdef dict _attributes
 
     def __init__(self, loop):
         self._loop = ref(loop)
@@ -499,7 +521,7 @@ cdef class Mailbox(_Line):
             bell = self._bell
             self._bell = -1
             in_use = self._ringing > 0
-        self._options = None
+        self._options = self._catch = self._attributes = None
         if bell >= 0:
             self._loop().remove_reader(bell)
             if not in_use:
@@ -546,6 +568,7 @@ cdef class Mailbox(_Line):
         cdef int count = 0
         cdef double until = monotonic() + DRAIN_SECONDS
         self._running = self._loop()
+        self._debug = self._running.get_debug()
         self._calls_before = self._calls
         self._calls = 0
         self._starts = 0
@@ -578,7 +601,7 @@ cdef class Mailbox(_Line):
         cdef bint alone = False
         if self._starts >= STARTS_IN_A_TURN or len(self._starting) >= NESTING:
             return 0
-        if COUNTS_CALLS_IN_C and not has_room():
+        if not has_room():
             return 0
         with cython.critical_section(self):
             alone = self._first is unfuture and self._last is unfuture
@@ -635,29 +658,81 @@ cdef class Mailbox(_Line):
         task = (<PyTypeObject *>Task).tp_new(<PyTypeObject *>Task, (), NULL)
         try:
             if HAS_EAGER_TASKS:
-                self.begin_eagerly(task, loop, coro, context)
+                self.init_task(task, loop, coro, context)
             else:
-                begin_at_once(task, loop, coro, context)
+                self.begin_at_once(task, loop, coro, context)
         except BaseException:
             if task.done():
                 outcome_of_asyncio(task)
             raise
         return task
 
-    cdef int begin_eagerly(self, task, loop, coro, context) except -1:
+    cdef int init_task(self, task, loop, coro, context) except -1:
         cdef dict options = self._options
         # A task within a task's first step finds them in use, and has its own.
         self._options = None
         if options is None:
-            options = {"eager_start": True, "loop": loop}
+            options = {"loop": loop}
+            if HAS_EAGER_TASKS:
+                options["eager_start"] = True
         options["name"] = name_of(coro)
-        options["context"] = context
+        if HAS_TASK_CONTEXT:
+            options["context"] = context
+        else:
+            PyContext_Enter(context)
         try:
             (<PyTypeObject *>Task).tp_init(task, (coro,), options)
         finally:
-            options["context"] = None
+            if HAS_TASK_CONTEXT:
+                options["context"] = None
+            else:
+                PyContext_Exit(context)
             self._options = options
         return 0
+
+    cdef int begin_at_once(self, task, loop, coro, context) except -1:
+        """Before Python 3.12: makes the first step, which the task asks the loop to make soon.
+
+        A loop that takes no attributes makes the step in its turn.
+        """
+        cdef bint catches = False
+        if self._catch is None:
+            self._catch = self._catch_first_step
+            self._attributes = getattr(loop, "__dict__", {"call_soon": None})
+        if self._beginner is None and "call_soon" not in self._attributes:
+            self._beginner = task
+            self._attributes["call_soon"] = self._catch
+            catches = True
+        try:
+            self.init_task(task, loop, coro, context)
+        finally:
+            if catches:
+                del self._attributes["call_soon"]
+                step = self._first_step
+                context = self._context  # on 3.10 a copy, made by the task
+                self._beginner = self._first_step = self._context = None
+        if not catches or step is None:
+            return 0
+        outer = current_task(loop)
+        if outer is not None:
+            _leave_task(loop, outer)
+        PyContext_Enter(context)
+        try:
+            step()
+        finally:
+            PyContext_Exit(context)
+            if outer is not None:
+                _enter_task(loop, outer)
+        return 0
+
+    def _catch_first_step(self, callback, *args, context=None):
+        """The loop's `call_soon` while `_beginner` is made."""
+        if self._first_step is None and getattr(callback, "__self__", None) is self._beginner:
+            self._first_step = callback
+            self._context = context
+            return None
+        loop = self._loop()
+        return type(loop).call_soon(loop, callback, *args, context=context)
 
 
 @cython.final
@@ -674,39 +749,6 @@ cdef class _TaskDone:
     def __call__(self, task):
         self.mailbox.live.pop(task, None)
         self.unfuture.take_outcome(task)
-
-
-cdef int begin_at_once(task, loop, coro, context) except -1:
-    """Before Python 3.12: makes the first step of a task that the loop would make soon.
-
-    asyncio's own loops keep what they will call in `_ready`; others make the step in their turn.
-    """
-    cdef dict options = {"loop": loop, "name": name_of(coro)}
-    if HAS_TASK_CONTEXT:
-        options["context"] = context
-        (<PyTypeObject *>Task).tp_init(task, (coro,), options)
-    else:
-        PyContext_Enter(context)
-        try:
-            (<PyTypeObject *>Task).tp_init(task, (coro,), options)
-        finally:
-            PyContext_Exit(context)
-    ready = getattr(loop, "_ready", None)
-    if type(ready) is not deque or not ready:
-        return 0
-    handle = ready[len(ready) - 1]
-    if getattr(handle._callback, "__self__", None) is not task:
-        return 0
-    ready.pop()
-    outer = current_task(loop)
-    if outer is not None:
-        _leave_task(loop, outer)
-    try:
-        handle._run()
-    finally:
-        if outer is not None:
-            _enter_task(loop, outer)
-    return 0
 
 
 cdef name_of(coro):
@@ -787,8 +829,8 @@ cdef class _Callback(_Item):
                 self.function(unfuture)
             else:
                 self.context.run(self.function, unfuture)
-        except BaseException:
-            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+        except BaseException as exc:
+            log_failed_callback(self.function, unfuture, exc)
 
     cdef schedule(self, Unfuture unfuture):
         function = self.call_in_ambient_loop if self.mailbox._thread_id else self.function
@@ -797,12 +839,28 @@ cdef class _Callback(_Item):
     def call_in_ambient_loop(self, unfuture):
         try:
             self.function(unfuture)
-        except (KeyboardInterrupt, SystemExit):
-            # They would leave the loop, where nobody runs it who could hear of them.
-            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+        except (KeyboardInterrupt, SystemExit) as exc:
+            # It would leave the loop, where nobody runs it who could hear of it.
+            log_failed_callback(self.function, unfuture, exc)
 
     cdef int arrive(self, Mailbox mailbox) except -1:
-        self.schedule(self.unfuture)
+        """Calls it there and then; a loop in debug mode wants to time each callback."""
+        if mailbox._debug:
+            self.schedule(self.unfuture)
+            return 0
+        failure = None
+        try:
+            PyContext_Enter(self.context)
+            try:
+                self.function(self.unfuture)
+            finally:
+                PyContext_Exit(self.context)
+        except BaseException as exc:
+            failure = exc
+        if failure is not None:
+            report_failed_callback(
+                self.function, self.unfuture, self.context, failure, self.loop, mailbox._thread_id
+            )
         return 0
 
     cdef int abandon(self) except -1:

@@ -47,14 +47,15 @@ from unsync._common import (
     check_exception,
     close_unstarted,
     describe,
-    has_room,
     is_awaitable,
     is_coroutine,
+    log_failed_callback,
     logger,
     mirror_of,
     orphan_error,
     outcome_of_asyncio,
     rebuild,
+    report_failed_callback,
     report_unseen_failure,
     running_loop,
     wait_for_awaitable,
@@ -150,6 +151,7 @@ class Mailbox:
         "_armed",
         "_bell",
         "_bell_lock",
+        "_debug",
         "_items",
         "_loop",
         "_starts",
@@ -172,6 +174,8 @@ class Mailbox:
         self.starting: list[Unfuture[Any]] = []
         # How many awaited calls were started there and then, in this turn of the loop.
         self._starts = 0
+        # Whether the loop is in debug mode, while the box is drained.
+        self._debug = False
         # The eventfd that wakes the loop, if there is one; guarded by the lock, a reentrant one,
         # since a signal handler may make a call.
         self._bell: int | None = None
@@ -255,6 +259,9 @@ class Mailbox:
         self._drain()
 
     def _drain(self) -> None:
+        loop = self._loop()
+        self._debug = loop is not None and loop.get_debug()
+        del loop
         self._starts = 0
         items = self._items
         until = monotonic() + DRAIN_SECONDS
@@ -284,7 +291,7 @@ class Mailbox:
         items = self._items
         if self._starts >= STARTS_IN_A_TURN or len(self.starting) >= NESTING or len(items) != 1:
             return
-        if not has_room():
+        if not _has_room():
             return
         try:
             item = items.popleft()
@@ -364,40 +371,67 @@ def _make_task(
         del task
 
 
+def _has_room() -> bool:
+    """Whether the stack is far enough from the recursion limit to start something within it."""
+    try:
+        sys._getframe(sys.getrecursionlimit() // 2)
+    except ValueError:
+        return True
+    return False
+
+
 def _begin_at_once(
     task: asyncio.Task[T],
     loop: asyncio.AbstractEventLoop,
     coro: Coroutine[Any, Any, T],
     context: Context,
 ) -> None:
-    """Before Python 3.12: makes the first step of a task that the loop would make soon.
+    """Before Python 3.12: makes the first step, which the task asks the loop to make soon.
 
-    asyncio's own loops keep what they will call in `_ready`; others make the step in their turn.
+    A loop that takes no attributes makes the step in its turn.
     """
     name = _name_of(coro)
-    if sys.version_info >= (3, 11):
-        task.__init__(coro, loop=loop, name=name, context=context)  # type: ignore[misc]
-    else:
-        context.run(partial(task.__init__, coro, loop=loop, name=name))  # type: ignore[misc]
-    ready = getattr(loop, "_ready", None)
-    if type(ready) is not deque:
-        return
+    caught: list[tuple[Callable[[], object], Context]] = []
+    attributes: dict[str, object] = getattr(loop, "__dict__", {"call_soon": None})
+    catches = "call_soon" not in attributes
+    if catches:
+        attributes["call_soon"] = partial(_catch_first_step, loop, task, caught)
     try:
-        handle = ready.pop()
-    except IndexError:
-        return
-    if getattr(handle._callback, "__self__", None) is not task:
-        ready.append(handle)  # another thread's; it comes before what this one adds
+        if sys.version_info >= (3, 11):
+            task.__init__(coro, loop=loop, name=name, context=context)  # type: ignore[misc]
+        else:
+            context.run(partial(task.__init__, coro, loop=loop, name=name))  # type: ignore[misc]
+    finally:
+        if catches:
+            del attributes["call_soon"]
+        del task  # a failure's traceback may lead to this frame
+    if not caught:
         return
     outer = asyncio.current_task(loop)
     if outer is not None:
         _leave_task(loop, outer)
+    step, context = caught.pop()  # on 3.10 a copy of the context, made by the task
     try:
-        handle._run()
+        context.run(step)
     finally:
         if outer is not None:
             _enter_task(loop, outer)
-        del handle, task  # a failure's traceback may lead to this frame
+
+
+def _catch_first_step(
+    loop: asyncio.AbstractEventLoop,
+    task: asyncio.Task[Any],
+    caught: list[tuple[Callable[[], object], Context]],
+    callback: Callable[..., object],
+    *args: Any,
+    context: Context | None = None,
+) -> asyncio.Handle | None:
+    """The loop's `call_soon` while `task` is made."""
+    is_step = getattr(callback, "__self__", None) is task
+    if is_step and not caught and context is not None:
+        caught.append((callback, context))
+        return None
+    return type(loop).call_soon(loop, callback, *args, context=context)
 
 
 def _name_of(coro: object) -> str:
@@ -470,8 +504,8 @@ class _Callback(_Waiter):
                 self.function(unfuture)
             else:
                 self.context.run(self.function, unfuture)
-        except BaseException:
-            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+        except BaseException as exc:
+            log_failed_callback(self.function, unfuture, exc)
 
     def _schedule(self, unfuture: Unfuture[Any]) -> None:
         assert self.loop is not None
@@ -483,13 +517,26 @@ class _Callback(_Waiter):
     def _call_in_ambient_loop(self, unfuture: Unfuture[Any]) -> None:
         try:
             self.function(unfuture)
-        except (KeyboardInterrupt, SystemExit):
-            # They would leave the loop, where nobody runs it who could hear of them.
-            logger.exception("exception calling callback %r for %r", self.function, unfuture)
+        except (KeyboardInterrupt, SystemExit) as exc:
+            # It would leave the loop, where nobody runs it who could hear of it.
+            log_failed_callback(self.function, unfuture, exc)
 
     def _arrive(self, mailbox: Mailbox) -> None:
-        assert self.unfuture is not None
-        self._schedule(self.unfuture)
+        """Calls it there and then; a loop in debug mode wants to time each callback."""
+        unfuture = self.unfuture
+        assert unfuture is not None
+        assert self.context is not None
+        if mailbox._debug:
+            self._schedule(unfuture)
+            return
+        try:
+            self.context.run(self.function, unfuture)
+        except BaseException as exc:
+            assert self.loop is not None
+            ambient = mailbox.thread_id is not None
+            report_failed_callback(self.function, unfuture, self.context, exc, self.loop, ambient)
+        finally:
+            del unfuture, self  # a failure's traceback may lead to this frame
 
     def _abandon(self) -> None:
         logger.debug("%r: its loop is closed, the callback is not called", self.function)
