@@ -350,8 +350,8 @@ def test_the_switch_selects_the_fallback(run_python: RunPython, value: str) -> N
 
 def test_another_implementation_of_python_selects_the_fallback(run_python: RunPython) -> None:
     program = """
-    import platform
-    platform.python_implementation = lambda: "PyPy"
+    import sys
+    sys.implementation.name = "pypy"
     """
     run = run_python(program + SHOW, env={"UNSYNC_NO_EXTENSIONS": ""})
     assert (run.stdout, run.stderr) == ("False unsync._core_py unsync._core_py\n", "")

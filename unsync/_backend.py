@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-import platform
+import sys
 from typing import TYPE_CHECKING
 
 __all__ = [
@@ -28,10 +28,7 @@ ACCELERATED: bool
 
 
 def _wants_fallback() -> bool:
-    return (
-        bool(os.environ.get("UNSYNC_NO_EXTENSIONS"))
-        or platform.python_implementation() != "CPython"
-    )
+    return bool(os.environ.get("UNSYNC_NO_EXTENSIONS")) or sys.implementation.name != "cpython"
 
 
 if TYPE_CHECKING or _wants_fallback():

@@ -6,7 +6,6 @@ import concurrent.futures
 import importlib
 import itertools
 import os
-import pickle
 import sys
 import threading
 import weakref
@@ -239,6 +238,8 @@ def reference_to(function: Callable[..., Any]) -> Callable[..., Any]:
         why = "it is defined inside another function"
     else:
         why = f"the name {qualname!r} in the module {module!r} is not this function"
+    import pickle  # which takes longer to import than all the rest of unsync
+
     raise pickle.PicklingError(
         f"cannot send the function {qualname!r} to another process, where it is looked up by name: "
         f"{why}. Define it at the top level of a module (or in a class there), or leave "

@@ -11,7 +11,6 @@ import concurrent.futures
 import functools
 import inspect
 import os
-import pickle
 import threading
 import warnings
 from collections.abc import Callable, Coroutine
@@ -315,12 +314,12 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         function, binding = _unbind(func)
         if not callable(function):
             raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
-        name = getattr(function, "__qualname__", None) or repr(function)
         if executor is not None:
             _check_executor("the option 'executor'", executor)
         route: Route | None
         if _is_coroutine_function(function):
             if cpu_bound or executor is not None:
+                name = getattr(function, "__qualname__", None) or repr(function)
                 option = "cpu_bound=True" if cpu_bound else "executor="
                 raise TypeError(
                     f"the coroutine function {name} cannot be marked with {option}: coroutines run "
@@ -347,6 +346,8 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         """It pickles as functions do: by name."""
         name = getattr(self, "__qualname__", None)
         if not isinstance(name, str):
+            import pickle  # which takes longer to import than all the rest of unsync
+
             raise pickle.PicklingError(f"cannot pickle {self!r}: it has no name to be found by")
         return name
 
