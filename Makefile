@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py unsync/_core.pyx
 
-.PHONY: help demo test test-compiled test-pure test-upstream lint bench clean
+.PHONY: help demo test test-compiled test-pure test-upstream lint bench bench-micro clean
 
 help:
 	@echo "make demo    set up and run the census of the standard library"
 	@echo "make test    set up and run all tests, on the compiled core and on the fallback"
 	@echo "make lint    ruff, cython-lint and mypy"
-	@echo "make bench   measure the two cores"
+	@echo "make bench   compare with every other way to do the work, and write the tables"
+	@echo "make bench-micro   measure the two cores with pytest-benchmark"
 	@echo "make clean   remove everything that was generated"
 
 $(VENV)/.pip:
@@ -49,7 +50,12 @@ lint: $(VENV)/.lint
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint unsync
 	$(BIN)/mypy
 
-bench: $(VENV)/.unsync $(VENV)/.test $(VENV)/.bench
+# Every way to do the work, side by side, each in an environment of its own; then the pages.
+bench: $(VENV)/.bench
+	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/report.py
+
+bench-micro: $(VENV)/.unsync $(VENV)/.test $(VENV)/.bench
 	UNSYNC_NO_EXTENSIONS= $(BIN)/pytest bench --benchmark-columns=median,iqr,ops
 	UNSYNC_NO_EXTENSIONS=1 $(BIN)/pytest bench --benchmark-columns=median,iqr,ops
 

@@ -1,4 +1,4 @@
-"""Micro-benchmarks of the core in use: `make bench` runs them on both, one after the other.
+"""Micro-benchmarks of the core in use: `make bench-micro` runs them on both, one after the other.
 
 Each figure is the time of COUNT operations of one kind, without and with waiting for each.
 """
