@@ -26,7 +26,7 @@ HAS_COMPILED = (
 needs_compiled = pytest.mark.skipif(not HAS_COMPILED, reason="no compiled core was built")
 
 CLASSES = ["JobQueue", "Launcher", "Mailbox", "Route", "Unfuture"]
-FUNCTIONS = ["after_fork", "set_home"]
+FUNCTIONS = ["after_fork", "set_home", "when_done"]
 CONSTANTS = ["BIND_CLASS", "BIND_INSTANCE", "BIND_NOTHING"]
 
 # What an Unfuture shows of itself to asyncio, concurrent.futures and the rest of the package.

@@ -2,12 +2,14 @@
 
 from unsync._backend import ACCELERATED
 from unsync._common import CancelledError, InvalidStateError
+from unsync.streams import Stream
 from unsync.unsync import Unfuture, unsync
 
 __all__ = [
     "ACCELERATED",
     "CancelledError",
     "InvalidStateError",
+    "Stream",
     "Unfuture",
     "__version__",
     "unsync",

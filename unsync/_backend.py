@@ -21,6 +21,7 @@ __all__ = [
     "Unfuture",
     "after_fork",
     "set_home",
+    "when_done",
 ]
 
 ACCELERATED: bool
@@ -58,3 +59,4 @@ Route = _core.Route
 Unfuture = _core.Unfuture
 after_fork = _core.after_fork
 set_home = _core.set_home
+when_done = _core.when_done

@@ -343,6 +343,13 @@ cdef inline void note_idle(bint idle) noexcept:
         _idle_thread = PyThread_get_thread_ident() if idle else 0
 
 
+cdef inline void note_user_code() noexcept:
+    """Whoever sets a future by hand is in the middle of something, and goes on with it."""
+    global _idle_thread
+    if WITH_GIL and _idle_thread == PyThread_get_thread_ident():
+        _idle_thread = 0
+
+
 cdef inline void wake_thread(PyThread_type_lock lock, bint hand_over) noexcept:
     if WITH_GIL and hand_over:
         with nogil:
@@ -868,6 +875,16 @@ cdef class _Callback(_Item):
         return 0
 
 
+def when_done(Unfuture unfuture, function):
+    """Has the thread that finishes it call `function(unfuture)`, whichever loop may run here.
+
+    At once if it is done.
+    """
+    cdef _Callback callback = _Callback(function, None, None)
+    if not unfuture.add_waiter(callback):
+        callback.fire(unfuture)
+
+
 @cython.final
 @cython.trashcan(True)
 cdef class _Park(_Item):
@@ -1231,6 +1248,7 @@ cdef class Unfuture(_Item):
         self.set(FAILED, check_exception(exception))
 
     cdef int set(self, int status, outcome) except -1:
+        note_user_code()
         mirror = None
         with cython.critical_section(self):
             if self._kind == MIRROR:
@@ -2012,7 +2030,7 @@ cdef class Route:
             self._submit, submit = submit, self._submit
             self._queue, queue = queue, self._queue
 
-    cdef Unfuture send(self, function, tuple args, dict kwargs):
+    cdef send(self, function, tuple args, dict kwargs):
         cdef JobQueue queue, queue_now
         while True:
             submit = submit_now = None
@@ -2041,8 +2059,8 @@ BIND_NOTHING = 2
 cdef class Launcher:
     """A function that runs elsewhere: calling it gives an Unfuture at once.
 
-    :param function: a coroutine function if `route` is None, to run in the ambient loop; else a
-        regular function, to be given to `route`.
+    :param function: a coroutine function if `route` is None, to run in the ambient loop; else any
+        other, to be given to `route`, whose answer is returned.
     :param binding: what the first argument is when it is looked up on an instance or a class.
     """
 

@@ -73,6 +73,7 @@ __all__ = [
     "Unfuture",
     "after_fork",
     "set_home",
+    "when_done",
 ]
 
 P = ParamSpec("P")
@@ -540,6 +541,16 @@ class _Callback(_Waiter):
 
     def _abandon(self) -> None:
         logger.debug("%r: its loop is closed, the callback is not called", self.function)
+
+
+def when_done(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> None:
+    """Has the thread that finishes it call `function(unfuture)`, whichever loop may run here.
+
+    At once if it is done.
+    """
+    callback = _Callback(function, None, None)
+    if not unfuture._add_waiter(callback):
+        callback._fire(unfuture)
 
 
 @final
@@ -1631,7 +1642,7 @@ class Route:
 
     def __init__(
         self,
-        submit: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Unfuture[Any]],
+        submit: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
         owner: object = None,
     ) -> None:
         self.submit = submit
@@ -1639,7 +1650,7 @@ class Route:
 
     def _send(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Unfuture[Any]:
+    ) -> Any:
         while True:
             submit = self.submit
             try:
@@ -1659,8 +1670,8 @@ BIND_NOTHING: int = 2
 class Launcher(Generic[P, T]):
     """A function that runs elsewhere: calling it gives an Unfuture at once.
 
-    :param function: a coroutine function if `route` is None, to run in the ambient loop; else a
-        regular function, to be given to `route`.
+    :param function: a coroutine function if `route` is None, to run in the ambient loop; else any
+        other, to be given to `route`, whose answer is returned.
     :param binding: what the first argument is when it is looked up on an instance or a class.
     """
 

@@ -282,7 +282,7 @@ def submit_to(
     :raises pickle.PicklingError: if `executor` is a process pool and the function cannot go there.
     """
     call: Callable[..., Any]
-    if _is_process_pool(executor):
+    if is_process_pool(executor):
         call = reference_to(function)
     else:
         call = ContextCall(function, copy_context())
@@ -290,7 +290,7 @@ def submit_to(
     return future if isinstance(future, Unfuture) else Unfuture(future)
 
 
-def _is_process_pool(executor: concurrent.futures.Executor) -> bool:
+def is_process_pool(executor: concurrent.futures.Executor | None) -> bool:
     # Asking for the class by name would import multiprocessing, which takes a while.
     module = sys.modules.get("concurrent.futures.process")
     return module is not None and isinstance(executor, module.ProcessPoolExecutor)

@@ -13,11 +13,11 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
-from unsync import _common, executors
+from unsync import _common, executors, streams
 from unsync._ambient import Ambient, LoopFactory
 from unsync._backend import (
     BIND_CLASS,
@@ -28,8 +28,9 @@ from unsync._backend import (
     Unfuture,
     after_fork,
 )
+from unsync.streams import Stream
 
-__all__ = ["Unfuture", "unsync"]
+__all__ = ["Stream", "Unfuture", "unsync"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -277,6 +278,9 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     `unsync.thread_executor`; one marked `cpu_bound=True` in `unsync.process_executor`. Which of
     them is decided once, here. Context variables of the caller are seen by the first two.
 
+    A generator function, async or regular, gives a `Stream` of its values instead: an async one
+    runs in the ambient event loop, a regular one in the thread executor.
+
     It can be written `@unsync`, `@unsync()`, `@unsync(option=...)` or `unsync(function)`, above
     functions, methods, static- and classmethods (or below those two), builtins,
     `functools.partial` and other callable objects.
@@ -284,8 +288,12 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     :param func: the function to mark; left out in the forms with parentheses.
     :param cpu_bound: run it in a process.
     :param executor: run it there instead: any `concurrent.futures.Executor`.
-    :raises TypeError: if `func` is not callable; if a coroutine function is to run in an executor;
-        if `executor` is no `Executor`.
+    :param read_ahead: how many values of a generator function are made, at most, before somebody
+        asks for them; 64 if left away.
+    :raises TypeError: if `func` is not callable; if a coroutine function is to run in an executor,
+        or a generator function in a process; if `executor` is no `Executor`; if `read_ahead` is no
+        number, or `func` no generator function.
+    :raises ValueError: if `read_ahead` is less than 1.
 
     An option that nobody knows is ignored with a `RuntimeWarning` that names it.
     """
@@ -302,12 +310,13 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         *,
         cpu_bound: bool = False,
         executor: concurrent.futures.Executor | None = None,
+        read_ahead: int | None = None,
         **unknown: object,
     ) -> None:
         for option in unknown:
             warnings.warn(
-                f"unsync() knows no option {option!r}, it is ignored; there are 'cpu_bound' and "
-                "'executor'",
+                f"unsync() knows no option {option!r}, it is ignored; there are 'cpu_bound', "
+                "'executor' and 'read_ahead'",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -316,20 +325,39 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
             raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
         if executor is not None:
             _check_executor("the option 'executor'", executor)
+        elsewhere = "cpu_bound=True" if cpu_bound else "executor=" if executor is not None else ""
+        if read_ahead is not None:
+            _check_read_ahead(read_ahead)
+        is_stream = True
         route: Route | None
-        if _is_coroutine_function(function):
-            if cpu_bound or executor is not None:
-                name = getattr(function, "__qualname__", None) or repr(function)
-                option = "cpu_bound=True" if cpu_bound else "executor="
+        if _is_kind(inspect.isasyncgenfunction, function):
+            if elsewhere:
+                raise _no_way("async generator function", function, elsewhere, "async generators")
+            route = Route(streams.in_ambient_loop(read_ahead or streams.READ_AHEAD))
+        elif _is_generator_function(function):
+            if cpu_bound or executors.is_process_pool(executor):
                 raise TypeError(
-                    f"the coroutine function {name} cannot be marked with {option}: coroutines run "
-                    "in the ambient event loop; make it a regular function or leave that away"
+                    f"the generator function {_name_of(function)} cannot run in a process: a "
+                    "generator cannot travel; make it a function that returns a list, or leave "
+                    f"{elsewhere} away"
                 )
-            route = None
-        elif executor is not None:
-            route = Route(_way_into(executor), executor)
+            threads = _threads.route if executor is None else Route(_way_into(executor), executor)
+            route = Route(streams.in_threads(read_ahead or streams.READ_AHEAD, threads))
         else:
-            route = (_processes if cpu_bound else _threads).route
+            is_stream = False
+            if _is_coroutine_function(function):
+                if elsewhere:
+                    raise _no_way("coroutine function", function, elsewhere, "coroutines")
+                route = None
+            elif executor is not None:
+                route = Route(_way_into(executor), executor)
+            else:
+                route = (_processes if cpu_bound else _threads).route
+        if read_ahead is not None and not is_stream:
+            raise TypeError(
+                f"{_name_of(function)} cannot be marked with read_ahead=: only generator functions "
+                "make values ahead"
+            )
         super().__init__(function, route, binding)
         functools.update_wrapper(self, function)
 
@@ -361,19 +389,66 @@ def _unbind(func: Any) -> tuple[Any, int]:
     return func, BIND_INSTANCE
 
 
-def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _no_way(kind: str, function: Callable[..., Any], option: str, what: str) -> TypeError:
+    return TypeError(
+        f"the {kind} {_name_of(function)} cannot be marked with {option}: {what} run in the "
+        "ambient event loop; make it a regular function or leave that away"
+    )
+
+
+def _check_read_ahead(read_ahead: object) -> None:
+    if not isinstance(read_ahead, int):
+        raise TypeError(f"read_ahead must be a number of values, not {read_ahead!r}")
+    if read_ahead < 1:
+        raise ValueError(f"read_ahead must be at least 1, not {read_ahead!r}")
+
+
+def _is_kind(is_kind: Callable[[object], bool], function: Callable[..., Any]) -> bool:
+    function = _below_partials(function)
+    return is_kind(function) or is_kind(getattr(type(function), "__call__", None))  # noqa: B004
+
+
+def _below_partials(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
-    if inspect.iscoroutinefunction(function):
+    return function
+
+
+def _is_generator_function(function: Callable[..., Any]) -> bool:
+    if not _is_kind(inspect.isgeneratorfunction, function):
+        return False
+    # One below `types.coroutine` makes coroutines.
+    code = getattr(_below_partials(function), "__code__", None)
+    return code is None or not code.co_flags & inspect.CO_ITERABLE_COROUTINE
+
+
+def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+    if _is_kind(inspect.iscoroutinefunction, function):
         return True
-    if inspect.iscoroutinefunction(getattr(type(function), "__call__", None)):  # noqa: B004
-        return True
+    function = _below_partials(function)
     # Compiled coroutine functions say it in asyncio's way.
     mark = getattr(asyncio.coroutines, "_is_coroutine", None)
     return mark is not None and getattr(function, "_is_coroutine", None) is mark
 
 
+class _StreamLauncher(Protocol[P, T]):
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Stream[T]: ...
+    def __get__(self, instance: object, owner: type | None = None) -> Any: ...
+
+
 class _Decorator(Protocol):
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, func: Callable[P, AsyncIterator[T]], /
+    ) -> _StreamLauncher[P, T]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, func: Callable[P, Generator[T, Any, Any]], /
+    ) -> _StreamLauncher[P, T]: ...
     @overload
     def __call__(self, func: Callable[P, Coroutine[Any, Any, T]], /) -> Launcher[P, T]: ...
     @overload
@@ -401,6 +476,19 @@ class _Unsync(Protocol):
     def process_executor(self, executor: concurrent.futures.Executor | None) -> None: ...
     def shutdown(self, timeout: float | None = None) -> bool: ...
     @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, func: Callable[P, AsyncIterator[T]], /, *, read_ahead: int | None = None
+    ) -> _StreamLauncher[P, T]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        func: Callable[P, Generator[T, Any, Any]],
+        /,
+        *,
+        executor: concurrent.futures.Executor | None = None,
+        read_ahead: int | None = None,
+    ) -> _StreamLauncher[P, T]: ...
+    @overload
     def __call__(self, func: Callable[P, Coroutine[Any, Any, T]], /) -> Launcher[P, T]: ...
     @overload
     def __call__(
@@ -417,6 +505,7 @@ class _Unsync(Protocol):
         *,
         cpu_bound: bool = False,
         executor: concurrent.futures.Executor | None = None,
+        read_ahead: int | None = None,
     ) -> _Decorator: ...
 
 

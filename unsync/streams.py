@@ -1,0 +1,417 @@
+"""Streams: what calls of marked generator functions give, to threads and to event loops alike.
+
+A producer, in the ambient loop or in threads of the thread executor, runs the generator and leaves
+its values for the consumer, a few ahead of it. While the consumer has enough it rests, and holds no
+thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextvars import copy_context
+from types import TracebackType
+from typing import Any, Generic, TypeVar, final
+
+from unsync import _common
+from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, when_done
+
+__all__ = ["READ_AHEAD", "Stream", "in_ambient_loop", "in_threads"]
+
+T = TypeVar("T")
+
+# So many values wait for the consumer at most, unless `read_ahead` says otherwise.
+READ_AHEAD = 64
+
+
+class _Channel(Generic[T]):
+    """What producer and consumers share.
+
+    Not the `Stream` itself: a producer must not keep alive what its consumers have left.
+    """
+
+    def __init__(self, read_ahead: int) -> None:
+        # Guards what follows. Reentrant, since the garbage collector may run while it is held, and
+        # close a stream that nobody refers to any more.
+        self.lock = threading.RLock()
+        # What was made moves to what is taken when there is nothing left in that, all at once: so a
+        # value costs the lock once, not twice. `taken` may be popped without it.
+        self.made: deque[T] = deque()
+        self.taken: deque[T] = deque()
+        self.room = (read_ahead + 1) // 2
+        # Consumers that wait until there is something.
+        self.waiters: deque[Unfuture[None]] = deque()
+        # Nobody runs the generator until resume() is called, by whoever clears this.
+        self.resting = False
+        self.closing = False
+        # How the generator ended; its failure is told to one consumer, in its turn.
+        self.ended: Unfuture[None] = Unfuture()
+        # How the closing of a generator that was left early ended.
+        self.closed: Unfuture[None] = Unfuture()
+
+    def resume(self) -> None:
+        """Has the generator run on, or closed if that is asked for."""
+        raise NotImplementedError
+
+    def interrupt(self) -> None:
+        """Tells a producer that is at work to close; it sees for itself at the next value."""
+
+    # For the producer.
+
+    def put(self, value: T) -> bool:
+        """Leaves a value; whether there is room for another one, and somebody who wants it."""
+        waiter = None
+        with self.lock:
+            if self.closing:
+                return False
+            self.made.append(value)
+            go_on = len(self.made) < self.room
+            if self.waiters:
+                waiter = self.waiters.popleft()
+        self.wake(waiter)
+        return go_on
+
+    def rest(self) -> bool:
+        """Whether the producer is to stop until resume() is called."""
+        with self.lock:
+            self.resting = not self.closing and len(self.made) >= self.room
+            return self.resting
+
+    def finish(self, failure: BaseException | None) -> None:
+        """The generator has ended, or nobody is left to run it."""
+        with self.lock:
+            if self.ended.done():
+                return
+            if self.closing:
+                if isinstance(failure, asyncio.CancelledError):
+                    failure = None  # that is how it was interrupted
+                outcome, other = self.closed, self.ended
+            else:
+                outcome, other = self.ended, self.closed
+            if failure is None:
+                outcome.set_result(None)
+            elif isinstance(failure, asyncio.CancelledError):
+                outcome.cancel(*failure.args[:1])
+            else:
+                outcome.set_exception(failure)
+            other.set_result(None)
+            waiters, self.waiters = self.waiters, deque()
+        for waiter in waiters:
+            _wake(waiter)
+
+    def is_over(self, producer: Unfuture[None]) -> None:
+        """The last to hear of a producer: one that never ran cannot have said that it ended."""
+        if producer.cancelled():
+            self.finish(asyncio.CancelledError())
+        elif (failure := producer.exception()) is not None:
+            self.finish(failure)
+
+    # For consumers.
+
+    def refill(self) -> Unfuture[None] | bool:
+        """Whether there is something to take; an Unfuture if nobody knows before that is done.
+
+        :raises BaseException: what the generator raised, once.
+        """
+        resume = False
+        with self.lock:
+            if not self.taken:
+                self.made, self.taken = self.taken, self.made
+                resume, self.resting = self.resting, False
+            if not self.taken:
+                if not self.ended.done():
+                    waiter: Unfuture[None] = Unfuture()
+                    self.waiters.append(waiter)
+                    return waiter
+                # Told once; and the failure's traceback is going to refer to this channel.
+                ended, self.ended = self.ended, Unfuture.from_value(None)
+                try:
+                    ended.result()
+                finally:
+                    del ended
+                return False
+        if resume:
+            self.resume()
+        return True
+
+    def wake(self, waiter: Unfuture[None] | None) -> None:
+        """Wakes that consumer, or the next one if it has stopped waiting."""
+        while waiter is not None and not _wake(waiter):
+            waiter = self.next_waiter()
+
+    def next_waiter(self) -> Unfuture[None] | None:
+        with self.lock:
+            return self.waiters.popleft() if self.waiters else None
+
+    def leave(self, waiter: Unfuture[None]) -> None:
+        """That consumer stops waiting: if it was woken meanwhile, another one must be."""
+        with self.lock:
+            if waiter in self.waiters:
+                self.waiters.remove(waiter)
+                return
+        if not waiter.cancelled():
+            self.wake(self.next_waiter())
+
+    def close(self) -> Unfuture[None]:
+        """Has the generator closed where it runs; done when that is done."""
+        with self.lock:
+            self.made.clear()
+            self.taken.clear()
+            if self.closing or self.ended.done():
+                return self.closed
+            self.closing = True
+            resume, self.resting = self.resting, False
+        if resume:
+            self.resume()
+        else:
+            self.interrupt()
+        return self.closed
+
+
+@final
+class _InThreads(_Channel[T]):
+    """Runs a regular generator in jobs, one after the other, each until there is enough."""
+
+    def __init__(
+        self,
+        generator: Generator[T, Any, Any],
+        read_ahead: int,
+        launch: Callable[[_InThreads[T]], Unfuture[None]],
+    ) -> None:
+        super().__init__(read_ahead)
+        self.generator = generator
+        self.launch = launch
+        # One for all jobs, so that a variable that the generator sets stays set.
+        self.context = copy_context()
+        self.resume()
+
+    def resume(self) -> None:
+        try:
+            job = self.launch(self)
+        except BaseException as exc:
+            self.finish(exc)  # the executor takes no work
+        else:
+            when_done(job, self.is_over)
+
+    def work(self) -> None:
+        while self.context.run(self.fill):
+            if self.rest():
+                return
+
+    def fill(self) -> bool:
+        """Whether the generator has not come to its end."""
+        try:
+            if self.closing:
+                self.generator.close()
+            else:
+                for value in self.generator:
+                    if not self.put(value):
+                        return True
+        except BaseException as exc:
+            self.finish(_without_this_frame(exc))
+        else:
+            self.finish(None)
+        return False
+
+
+@final
+class _InAmbientLoop(_Channel[T]):
+    """Runs an async generator in one task, so that timeouts and task groups within it work."""
+
+    def __init__(self, generator: AsyncGenerator[T, Any], read_ahead: int) -> None:
+        super().__init__(read_ahead)
+        self.generator = generator
+        self.wakeup: Unfuture[None] | None = None
+        self.ending = False  # belongs to the ambient loop's thread
+        work: Any = self.work()
+        # Which becomes the task's name.
+        work.__qualname__ = getattr(generator, "__qualname__", type(generator).__name__)
+        self.producer = Unfuture(work)
+        when_done(self.producer, self.is_over)
+
+    async def work(self) -> None:
+        try:
+            try:
+                async for value in self.generator:
+                    if not self.put(value):
+                        await self.wait_for_room()
+                        if self.closing:
+                            break
+            finally:
+                self.ending = True
+                await self.generator.aclose()
+        except BaseException as exc:
+            self.finish(_without_this_frame(exc))
+        else:
+            self.finish(None)
+
+    async def wait_for_room(self) -> None:
+        self.wakeup = Unfuture()
+        if self.rest():
+            await self.wakeup
+
+    def resume(self) -> None:
+        assert self.wakeup is not None
+        _wake(self.wakeup)
+
+    def interrupt(self) -> None:
+        Unfuture(self.cancel())
+
+    async def cancel(self) -> None:
+        if not self.ending:
+            self.producer.cancel()
+
+
+def _wake(waiter: Unfuture[None]) -> bool:
+    """Whether it still waited."""
+    try:
+        waiter.set_result(None)
+    except asyncio.InvalidStateError:
+        return False
+    return True
+
+
+def _without_this_frame(failure: BaseException) -> BaseException:
+    """It would hold the channel, which holds the failure; and it says nothing to the user."""
+    traceback = failure.__traceback__
+    return failure.with_traceback(None if traceback is None else traceback.tb_next)
+
+
+@final
+class Stream(Generic[T]):
+    """The values of a generator that runs elsewhere: `for` in a thread, `async for` in any loop.
+
+    Calling a generator function marked with `@unsync` gives one, and starts the generator at once:
+    an async generator in the ambient loop, a regular one in the thread executor, in which one
+    thread after the other may take its turns. Up to `read_ahead` values are made before somebody
+    asks for them; then the generator rests until there is room.
+
+    Each value goes to one consumer, if there are several, in any threads and loops. What the
+    generator raises is raised in its turn, after the values before it, to one of them; for the
+    others the stream just ends.
+
+    A stream that is left early is closed as a generator is: when `close()` or `aclose()` is called,
+    when a `with` or `async with` block is left, or when nobody refers to it any more. The
+    generator's `finally` blocks then run where the generator runs.
+    """
+
+    __slots__ = ("__weakref__", "_channel")
+
+    def __init__(self, channel: _Channel[T]) -> None:
+        self._channel = channel
+
+    def __iter__(self) -> Stream[T]:
+        return self
+
+    def __next__(self) -> T:
+        """Waits for the next value, in a thread.
+
+        :raises InvalidStateError: in `unsync.thread`, if there is none yet: it would wait for ever.
+        """
+        channel = self._channel
+        while True:
+            try:
+                return channel.taken.popleft()
+            except IndexError:
+                pass
+            found = channel.refill()
+            if found is False:
+                raise StopIteration
+            if isinstance(found, Unfuture):
+                try:
+                    found.result()
+                except BaseException:
+                    channel.leave(found)
+                    raise
+
+    def __aiter__(self) -> Stream[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        channel = self._channel
+        while True:
+            try:
+                return channel.taken.popleft()
+            except IndexError:
+                pass
+            found = channel.refill()
+            if found is False:
+                raise StopAsyncIteration
+            if isinstance(found, Unfuture):
+                try:
+                    await found
+                except BaseException:
+                    channel.leave(found)
+                    raise
+
+    def close(self) -> None:
+        """Closes the generator, and waits until its `finally` blocks have run, in a thread.
+
+        Values that nobody took are dropped. A coroutine of an async generator that waits is
+        cancelled; a regular generator is closed when it comes to its next value.
+
+        :raises BaseException: what the generator raises while it is closed.
+        :raises InvalidStateError: in `unsync.thread`, which must use `aclose()`.
+        """
+        self._channel.close().result()
+
+    async def aclose(self) -> None:
+        """`close()` in any loop."""
+        await self._channel.close()
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Stream[T]:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not _common.exiting:
+            self._channel.close()
+
+
+Start = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Stream[Any]]
+
+
+def in_ambient_loop(read_ahead: int) -> Start:
+    """Starts streams of async generator functions."""
+
+    def start(
+        function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Stream[Any]:
+        return Stream(_InAmbientLoop(function(*args, **kwargs), read_ahead))
+
+    return start
+
+
+def in_threads(read_ahead: int, route: Route) -> Start:
+    """Starts streams of regular generator functions.
+
+    :param route: where their jobs go.
+    """
+    launch: Launcher[..., None] = Launcher(_InThreads.work, route, BIND_NOTHING)
+
+    def start(
+        function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Stream[Any]:
+        return Stream(_InThreads(function(*args, **kwargs), read_ahead, launch))
+
+    return start
