@@ -1687,7 +1687,8 @@ class Launcher(Generic[P, T]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Unfuture[T]:
         route = self._route
         if route is not None:
-            return route._send(self._function, args, kwargs)
+            launched: Unfuture[T] = route._send(self._function, args, kwargs)
+            return launched
         mailbox = home()
         coro = self._function(*args, **kwargs)
         unfuture = _blank(Unfuture)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextvars import copy_context
 from types import TracebackType
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, TypeVar, cast, final
 
 from unsync import _common
 from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, when_done
@@ -407,7 +407,10 @@ def in_threads(read_ahead: int, route: Route) -> Start:
 
     :param route: where their jobs go.
     """
-    launch: Launcher[..., None] = Launcher(_InThreads.work, route, BIND_NOTHING)
+    launch = cast(
+        "Callable[[_InThreads[Any]], Unfuture[None]]",
+        Launcher(_InThreads.work, route, BIND_NOTHING),
+    )
 
     def start(
         function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

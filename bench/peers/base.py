@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
@@ -30,6 +30,19 @@ async def yielding() -> int:
 
 def function() -> int:
     return 1
+
+
+async def async_values(count: int) -> AsyncIterator[int]:
+    for _ in range(count):
+        yield 1
+
+
+def values(count: int) -> Generator[int, None, None]:
+    for _ in range(count):
+        yield 1
+
+
+NO_STREAMS = "has no streams of this kind"
 
 
 class Waitable(Protocol):
@@ -145,6 +158,17 @@ class Peer:
 
     def foreign_64(self, count: int) -> float:
         return self.in_own_loop(by_64(self.awaited_function, count))
+
+    # Streams: the values of one generator, `async_values` or `values`.
+
+    def stream_async(self, count: int) -> float:
+        raise NotImplementedError(NO_STREAMS)
+
+    def stream_threads(self, count: int) -> float:
+        raise NotImplementedError(NO_STREAMS)
+
+    def stream_to_loop(self, count: int) -> float:
+        raise NotImplementedError(NO_STREAMS)
 
     def pending(self, count: int) -> float:
         raise NotImplementedError
@@ -319,6 +343,24 @@ async def by_64(call: Callable[[], Awaitable[int]], count: int) -> float:
     seconds = perf_counter() - start
     check(total, share * 64)
     return seconds * count / (share * 64)
+
+
+def read(stream: Callable[[int], Iterable[int]], count: int) -> float:
+    start = perf_counter()
+    total = sum(stream(count))
+    seconds = perf_counter() - start
+    check(total, count)
+    return seconds
+
+
+async def read_in_loop(stream: Callable[[int], AsyncIterator[int]], count: int) -> float:
+    start = perf_counter()
+    total = 0
+    async for value in stream(count):
+        total += value
+    seconds = perf_counter() - start
+    check(total, count)
+    return seconds
 
 
 async def add_up(futures: list[Any]) -> int:

@@ -22,6 +22,8 @@ class Ours(base.Peer):
     coroutine = awaited_coroutine = staticmethod(unsync(base.coroutine))
     yielding = staticmethod(unsync(base.yielding))
     function = awaited_function = staticmethod(unsync(base.function))
+    values = staticmethod(unsync(base.values))
+    async_values = staticmethod(unsync(base.async_values))
 
     def close(self) -> None:
         unsync.shutdown()
@@ -40,6 +42,15 @@ class Ours(base.Peer):
 
     def then_chain(self, count: int) -> float:
         return base.chain(self.coroutine, one_more, count)
+
+    def stream_async(self, count: int) -> float:
+        return base.read(self.async_values, count)
+
+    def stream_threads(self, count: int) -> float:
+        return base.read(self.values, count)
+
+    def stream_to_loop(self, count: int) -> float:
+        return self.in_own_loop(base.read_in_loop(self.values, count))
 
     def set_result(self, count: int) -> float:
         return base.set_results(Unfuture, Unfuture, count)

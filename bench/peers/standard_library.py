@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Queue
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -69,6 +70,54 @@ class StandardLibrary(base.Peer):
     def in_the_loop(self, work: Coroutine[Any, Any, float]) -> float:
         seconds: float = self.home.start(work).result()
         return seconds
+
+    def stream_async(self, count: int) -> float:
+        """Through a `queue.Queue` without a bound: a loop must not wait for room."""
+
+        def stream(count: int) -> Iterator[int]:
+            values: Queue[int | None] = Queue()
+
+            async def produce() -> None:
+                async for value in base.async_values(count):
+                    values.put(value)
+                values.put(None)
+
+            self.home.start(produce())
+            return iter(values.get, None)
+
+        return base.read(stream, count)
+
+    def stream_threads(self, count: int) -> float:
+        def stream(count: int) -> Iterator[int]:
+            values: Queue[int | None] = Queue(64)  # as far ahead as ours
+
+            def produce() -> None:
+                for value in base.values(count):
+                    values.put(value)
+                values.put(None)
+
+            self.executor.submit(produce)
+            return iter(values.get, None)
+
+        return base.read(stream, count)
+
+    def stream_to_loop(self, count: int) -> float:
+        """Through an `asyncio.Queue`, unbounded: a thread cannot wait for room in it."""
+
+        async def stream(count: int) -> AsyncIterator[int]:
+            loop = asyncio.get_running_loop()
+            values: asyncio.Queue[int | None] = asyncio.Queue()
+
+            def produce() -> None:
+                for value in base.values(count):
+                    loop.call_soon_threadsafe(values.put_nowait, value)
+                loop.call_soon_threadsafe(values.put_nowait, None)
+
+            self.executor.submit(produce)
+            while (value := await values.get()) is not None:
+                yield value
+
+        return self.in_own_loop(base.read_in_loop(stream, count))
 
     def set_result(self, count: int) -> float:
         def start(futures: list[Future[int]]) -> Future[int]:

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
-from aiothreads import threaded
+from aiothreads import threaded, threaded_iterable
 
 from peers import base
 from peers.standard_library import workers
@@ -43,6 +43,12 @@ class Aiothreads(base.Peer):
         "decoration": "refuses coroutine functions",
     }
     awaited_function: Any = staticmethod(threaded(base.function))
+
+    # As far ahead as ours.
+    values: Any = staticmethod(threaded_iterable(max_size=64)(base.values))
+
+    def stream_to_loop(self, count: int) -> float:
+        return self.in_own_loop(base.read_in_loop(self.values, count))
 
     async def with_executor(self, work: Coroutine[Any, Any, float]) -> float:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(workers()))

@@ -37,6 +37,7 @@ class Synchronicity(base.Peer):
         self.synchronizer: Any = Synchronizer()
         self.blocking = self.mark(base.coroutine)
         self.blocking_yielding = self.mark(base.yielding)
+        self.blocking_values = self.mark(base.async_values)
 
     def mark(self, function: Callable[..., Any]) -> Any:
         return self.synchronizer.create_blocking(function, f"blocking_{function.__name__}")
@@ -54,6 +55,9 @@ class Synchronicity(base.Peer):
 
     def yielding_each(self, count: int) -> float:
         return base.block_for_each(self.blocking_yielding, count)
+
+    def stream_async(self, count: int) -> float:
+        return base.read(self.blocking_values, count)
 
     def decoration(self, count: int) -> float:
         return base.decorations(self.mark, count)
