@@ -62,6 +62,7 @@ from unsync._common import (
     wait_for_awaitable,
     would_deadlock_error,
 )
+from unsync._views import asyncio_view, concurrent_view
 
 cdef extern from *:
     """
@@ -1210,6 +1211,22 @@ cdef class Unfuture(_Item):
         """The running loop, else the ambient one: an Unfuture can be awaited in every loop."""
         loop = running_loop()
         return home()._loop() if loop is None else loop
+
+    @property
+    def future(self):
+        """A true `asyncio.Future` that shows this one; of the running loop, else the ambient one.
+
+        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        """
+        return asyncio_view(self, when_done)
+
+    @property
+    def concurrent_future(self):
+        """A true `concurrent.futures.Future` that shows this one.
+
+        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        """
+        return concurrent_view(self, when_done)
 
     def __await__(self):
         """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.

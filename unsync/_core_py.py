@@ -61,6 +61,7 @@ from unsync._common import (
     wait_for_awaitable,
     would_deadlock_error,
 )
+from unsync._views import asyncio_view, concurrent_view
 
 __all__ = [
     "BIND_CLASS",
@@ -983,6 +984,22 @@ class Unfuture(Generic[T]):
             loop = home().loop
             assert loop is not None
         return loop
+
+    @property
+    def future(self) -> asyncio.Future[T]:
+        """A true `asyncio.Future` that shows this one; of the running loop, else the ambient one.
+
+        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        """
+        return asyncio_view(self, when_done)
+
+    @property
+    def concurrent_future(self) -> concurrent.futures.Future[T]:
+        """A true `concurrent.futures.Future` that shows this one.
+
+        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        """
+        return concurrent_view(self, when_done)
 
     def __await__(self) -> Generator[Any, None, T]:
         """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.
