@@ -681,8 +681,11 @@ def test_calls_that_race_with_shutdowns_end_and_write_to_no_file(
     in_thread: InThread, tmp_path: Path
 ) -> None:
     stop = threading.Event()
-    outcomes: Counter[str] = Counter()
+    counts: list[Counter[str]] = []  # one of each thread's own
     ended: list[int] = []
+
+    def right() -> int:
+        return sum(outcomes["right"] for outcomes in counts)
 
     def outcome(unfuture: Unfuture[int], expected: int) -> str:
         try:
@@ -694,6 +697,7 @@ def test_calls_that_race_with_shutdowns_end_and_write_to_no_file(
 
     def call_one_by_one() -> None:
         number = 0
+        counts.append(outcomes := Counter())
         while not stop.is_set():
             number += 1
             outcomes[outcome(give(number), number)] += 1
@@ -701,6 +705,7 @@ def test_calls_that_race_with_shutdowns_end_and_write_to_no_file(
 
     def call_in_bursts() -> None:
         total = 0
+        counts.append(outcomes := Counter())
         while not stop.is_set():
             calls = [give(number).map(give) for number in range(50)]
             outcomes.update(map(outcome, calls, range(50)))
@@ -710,16 +715,17 @@ def test_calls_that_race_with_shutdowns_end_and_write_to_no_file(
     threads = [in_thread(call) for call in (call_one_by_one, call_in_bursts) * 2]
     try:
         for _ in range(40):
-            before = outcomes["right"]
-            wait_until(lambda before=before: outcomes["right"] > before + 20 or stop.is_set())
+            before = right()
+            wait_until(lambda before=before: right() > before + 20 or stop.is_set())
             assert unsync.shutdown(PATIENCE)
             with Trespassed(tmp_path):
-                wait_until(lambda before=before: outcomes["right"] > before + 40 or stop.is_set())
+                wait_until(lambda before=before: right() > before + 40 or stop.is_set())
     finally:
         stop.set()
         for thread in threads:
             thread.join(PATIENCE)
     assert len(ended) == 4
+    outcomes = sum(counts, Counter[str]())
     assert set(outcomes) <= {"right", "cancelled"}
     assert sum(outcomes.values()) == sum(ended)
 

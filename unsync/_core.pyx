@@ -220,6 +220,7 @@ cdef object _fork_lock = threading.RLock()
 
 cdef Mailbox _home = None
 cdef object _start_home = None
+cdef list _kept = []
 
 cdef frozenset plain_types = PLAIN_TYPES
 
@@ -237,6 +238,9 @@ cdef tuple LABELS = (
 def set_home(Mailbox mailbox, start):
     """Names the ambient loop's mailbox, or with None the function that starts one on first use."""
     global _home, _start_home
+    if not WITH_GIL:
+        # Whoever reads these two takes no lock: what they ever were must not go away under them.
+        _kept.append((mailbox, start))
     _home = mailbox
     _start_home = start
 
@@ -1835,6 +1839,8 @@ cdef class Unfuture(_Item):
         cdef Mailbox mailbox
         if load(&self._unseen):
             store(&self._unseen, False)
+            if report_unseen_failure is None:
+                return  # the interpreter has taken its modules apart
             mailbox = _home
             loop = None if mailbox is None else mailbox._loop()
             report_unseen_failure(self, self._outcome, loop)

@@ -1497,6 +1497,8 @@ class Unfuture(Generic[T]):
     def __del__(self) -> None:
         if getattr(self, "_unseen", False):  # none, if its making was interrupted
             self._unseen = False
+            if report_unseen_failure is None:
+                return  # the interpreter has taken its modules apart
             mailbox = _home
             report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
 
