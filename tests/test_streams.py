@@ -775,6 +775,27 @@ def test_a_consumer_that_is_cancelled_loses_nothing(kind: str) -> None:
     assert asyncio.run(main()) == [1, 2]
 
 
+@both
+def test_a_consumer_that_comes_late_to_a_batch_finds_nothing_newer_in_it(kind: str) -> None:
+    """It looks without the lock: an emptied batch must not be filled again under its hands."""
+
+    def body() -> Iterator[int]:
+        yield from range(1000)
+
+    stream = marked(body, kind)()
+    channel = stream._channel
+    assert next(stream) == 0
+    batches = [channel.taken]
+    for _ in range(5):
+        while channel.taken is batches[-1]:
+            next(stream)
+        batches.append(channel.taken)
+        wait_until(lambda: channel.resting or channel.ended.done())
+        for batch in batches[:-1]:
+            assert not batch
+            assert batch is not channel.made
+
+
 def test_a_consumer_that_leaves_when_it_was_woken_wakes_another_one() -> None:
     stream = async_(0)
     channel = stream._channel

@@ -118,7 +118,8 @@ class _Channel(Generic[T]):
         resume = False
         with self.lock:
             if not self.taken:
-                self.made, self.taken = self.taken, self.made
+                # Not the old one again: somebody may be about to look into it.
+                self.taken, self.made = self.made, deque()
                 resume, self.resting = self.resting, False
             if not self.taken:
                 if not self.ended.done():
