@@ -7,6 +7,7 @@ cannot pass unnoticed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import subprocess
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -88,6 +89,36 @@ def wait_until(condition: Callable[[], object], what: str = "the condition") -> 
     while not condition():
         assert time.monotonic() < until, f"{what} did not come true in {PATIENCE} s"
         time.sleep(0.001)
+
+
+def wait_until_suspended(name: str, count: int = 1) -> list[asyncio.Task[Any]]:
+    """Waits for that many tasks of the ambient loop called `name` to wait; gives them all."""
+
+    async def look() -> list[asyncio.Task[Any]]:
+        return [task for task in asyncio.all_tasks() if task.get_name() == name]
+
+    def found() -> list[asyncio.Task[Any]]:
+        return asyncio.run_coroutine_threadsafe(look(), unsync.loop).result(PATIENCE)
+
+    wait_until(lambda: len(found()) >= count, f"{name} to be suspended")
+    return found()
+
+
+@contextlib.contextmanager
+def ambient_loop_held() -> Iterator[Callable[[], None]]:
+    """Inside, the ambient loop starts nothing; unless what it gives is called before."""
+    held, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        assert gate.wait(PATIENCE)
+
+    unsync.loop.call_soon_threadsafe(hold)
+    assert held.wait(PATIENCE)
+    try:
+        yield gate.set
+    finally:
+        gate.set()
 
 
 def running(loop: Loop) -> Iterator[Loop]:

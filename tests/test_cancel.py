@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import functools
 import sys
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
-from conftest import PATIENCE, collect, wait_until
+from conftest import PATIENCE, ambient_loop_held, collect, wait_until, wait_until_suspended
 
 from unsync import CancelledError, Unfuture, unsync
 from unsync.executors import ThreadExecutor
@@ -61,7 +60,7 @@ class Endless:
     def start(self) -> Unfuture[None]:
         unfuture = Unfuture(self.run())
         assert self.began.wait(PATIENCE)
-        wait_until(lambda: "task=" in repr(unfuture), "the suspension")
+        in_loop(unsync.loop, lambda: None)  # a turn of the loop later it is suspended
         return unfuture
 
     def check_cancelled(self) -> None:
@@ -101,23 +100,6 @@ def busy(one_worker: ThreadExecutor) -> Iterator[Function]:
     assert function.began.wait(PATIENCE)
     yield function
     function.gate.set()
-
-
-@contextlib.contextmanager
-def ambient_loop_held() -> Iterator[Callable[[], None]]:
-    """Inside, the ambient loop starts nothing; unless what it gives is called before."""
-    held, gate = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        held.set()
-        assert gate.wait(PATIENCE)
-
-    unsync.loop.call_soon_threadsafe(hold)
-    assert held.wait(PATIENCE)
-    try:
-        yield gate.set
-    finally:
-        gate.set()
 
 
 def check_cancelled(
@@ -200,7 +182,7 @@ def test_a_coroutine_that_ignores_its_cancellation_decides_the_outcome(
 
     unfuture = work()
     assert began.wait(PATIENCE)
-    wait_until(lambda: "task=" in repr(unfuture), "the suspension")
+    wait_until_suspended(work.__qualname__)
     assert unfuture.cancel() if where == "thread" else in_loop(unsync.loop, unfuture.cancel)
     if end == "failure":
         with pytest.raises(Boom):
@@ -435,7 +417,7 @@ def test_a_cancelled_awaiter_in_the_ambient_loop_cancels_through_unsynced_corout
 
     unfuture = outer()
     assert innermost.began.wait(PATIENCE)
-    wait_until(lambda: "task=" in repr(unfuture), "the suspension")
+    wait_until_suspended(outer.__qualname__)
     unfuture.cancel()
     check_cancelled(unfuture)
     innermost.check_cancelled()
@@ -447,8 +429,7 @@ def test_all_other_awaiters_of_a_cancelled_one_are_cancelled_too() -> None:
 
     unfuture: Unfuture[None] = Unfuture()
     others = [Unfuture(wait()) for _ in range(3)]
-    for other in others:
-        wait_until(lambda other=other: "task=" in repr(other), "the wait")
+    wait_until_suspended(wait.__qualname__, len(others))
     asyncio.run(cancel_awaiter(unfuture))
     for other in others:
         check_cancelled(other, "why", by_task=True)

@@ -12,12 +12,21 @@ import pickle
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from conftest import CORE, PATIENCE, collect, running, wait_until
+from conftest import (
+    CORE,
+    PATIENCE,
+    ambient_loop_held,
+    collect,
+    running,
+    wait_until,
+    wait_until_suspended,
+)
 
 import unsync as package
 from unsync import CancelledError, InvalidStateError, Unfuture, unsync
@@ -891,6 +900,22 @@ def test_a_pickle_of_one_core_loads_on_the_other(run_python: Any) -> None:
 # How it is shown.
 
 
+class Unnameable:
+    """Callable, and fails when asked for anything that functions have."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Boom(name)
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+
+def own_result() -> Unfuture[Any]:
+    unfuture: Unfuture[Any] = Unfuture()
+    unfuture.set_result([unfuture])
+    return unfuture
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -900,6 +925,10 @@ def test_a_pickle_of_one_core_loads_on_the_other(run_python: Any) -> None:
         (lambda: finished("cancellation"), "<Unfuture cancelled>"),
         (lambda: Named(), "<Named pending>"),
         (lambda: Unfuture(Unfuture()), "<Unfuture pending unfuture=<Unfuture pending>>"),
+        (lambda: Unfuture().map(len), "<Unfuture pending function=len>"),
+        (lambda: Unfuture().then(partial(len)), "<Unfuture pending function=len>"),
+        (lambda: Unfuture().then(Unnameable()), "<Unfuture pending function=Unnameable>"),
+        (own_result, "<Unfuture finished result=[<Unfuture ...>]>"),
     ],
 )
 def test_repr_shows_the_state_and_the_outcome(
@@ -920,33 +949,125 @@ def test_repr_of_a_cancelled_one_does_not_tell_who_knows_of_it() -> None:
     assert repr(unfuture) == "<Unfuture cancelled>"
 
 
-def test_repr_shows_what_is_behind_it() -> None:
-    began, gate = threading.Event(), threading.Event()
+async def nothing() -> None:
+    pass
 
-    async def coroutine_function() -> None:
-        began.set()
-        await until
 
-    @unsync(executor=ThreadExecutor(max_workers=1))
-    def function() -> None:
+async def failing() -> None:
+    raise Boom("bad")
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+def test_repr_of_a_coroutine_call() -> None:
+    with ambient_loop_held():
+        call = Unfuture(nothing())
+        assert repr(call) == "<Unfuture pending function=nothing>"
+    call.result(PATIENCE)
+    assert repr(call) == "<Unfuture finished function=nothing result=None>"
+    broken = Unfuture(failing())
+    broken.exception(PATIENCE)
+    assert repr(broken) == "<Unfuture finished function=failing exception=Boom('bad')>"
+    suspended = Unfuture(for_ever())
+    wait_until_suspended("for_ever")
+    assert repr(suspended) == "<Unfuture running function=for_ever>"
+    suspended.cancel()
+    concurrent.futures.wait([suspended.concurrent_future], PATIENCE)
+    assert repr(suspended) == "<Unfuture cancelled function=for_ever>"
+
+
+def test_repr_of_a_function_call() -> None:
+    gate = threading.Event()
+
+    def wait(succeed: bool) -> int:
         assert gate.wait(PATIENCE)
+        if not succeed:
+            raise Boom("bad")
+        return 3
 
-    until: Unfuture[None] = Unfuture()
-    running = Unfuture(coroutine_function())
-    assert began.wait(PATIENCE)
-    wait_until(lambda: "task=" in repr(running), "the task")
-    assert "coroutine_function" in repr(running)
-    first, second = function(), function()
-    assert "function=<function" in repr(second)
-    assert "continuation=<built-in function len>" in repr(until.map(len))
-    wrapped: concurrent.futures.Future[int] = concurrent.futures.Future()
-    assert f"future={wrapped!r}" in repr(Unfuture(wrapped))
+    name = wait.__qualname__
+    one_at_a_time = ThreadExecutor(max_workers=1)
+    first = one_at_a_time.submit(wait, True)
+    second = one_at_a_time.submit(wait, False)
+    third = one_at_a_time.submit(wait, False)
+    wait_until(first.running, "the start")
+    assert repr(first) == f"<Unfuture running function={name}>"
+    assert repr(second) == f"<Unfuture pending function={name}>"
+    third.cancel()
+    assert repr(third) == f"<Unfuture cancelled function={name}>"
     gate.set()
-    first.result(PATIENCE)
-    second.result(PATIENCE)
-    until.cancel()
-    with pytest.raises(CancelledError):
-        running.result(PATIENCE)
+    second.exception(PATIENCE)
+    assert repr(first) == f"<Unfuture finished function={name} result=3>"
+    assert repr(second) == f"<Unfuture finished function={name} exception=Boom('bad')>"
+
+
+def test_repr_of_a_continuation() -> None:
+    def double(value: int) -> int:
+        return 2 * value
+
+    async def later(source: Unfuture[int]) -> int:
+        return source.result()
+
+    source: Unfuture[int] = Unfuture()
+    doubled, waited = source.map(double), source.then(later)
+    assert repr(doubled) == f"<Unfuture pending function={double.__qualname__}>"
+    source.set_result(4)
+    doubled.result(PATIENCE), waited.result(PATIENCE)
+    assert repr(doubled) == f"<Unfuture finished function={double.__qualname__} result=8>"
+    assert repr(waited) == f"<Unfuture finished function={later.__qualname__} result=4>"
+
+
+def test_repr_of_a_call_in_another_executor() -> None:
+    gate = threading.Event()
+
+    def wait() -> bool:
+        return gate.wait(PATIENCE)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        call = unsync(executor=executor)(wait)()
+        wait_until(call.running, "the start")
+        assert repr(call) == f"<Unfuture running function={wait.__qualname__}>"
+        gate.set()
+        assert call.result(PATIENCE)
+    assert repr(call) == f"<Unfuture finished function={wait.__qualname__} result=True>"
+
+
+def test_repr_of_one_made_from_a_future(loop: asyncio.AbstractEventLoop) -> None:
+    wrapped: concurrent.futures.Future[int] = concurrent.futures.Future()
+    assert repr(Unfuture(wrapped)) == f"<Unfuture pending future={wrapped!r}>"
+    future: asyncio.Future[int] = in_loop(loop, loop.create_future)
+    assert repr(Unfuture(future)) == "<Unfuture pending future=<Future>>"
+    unfuture = Unfuture(in_loop(loop, loop.create_task, for_ever()))
+    assert repr(unfuture) == "<Unfuture pending future=<Task for_ever>>"
+    unfuture.cancel()
+    wait_until(unfuture.cancelled)
+
+
+def test_repr_never_asks_a_task_which_belongs_to_its_loop() -> None:
+    # Asyncio's tasks show their callbacks, which on CPython 3.10 crashes the interpreter if the
+    # loop's thread takes them away meanwhile.
+    class Private(asyncio.Task[Any]):
+        def __repr__(self) -> str:
+            asked.append(threading.current_thread())
+            return super().__repr__()
+
+    def factory(
+        loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any
+    ) -> asyncio.Task[Any]:
+        return Private(coro, loop=loop, **options)
+
+    asked: list[threading.Thread] = []
+    in_loop(unsync.loop, unsync.loop.set_task_factory, factory)
+    suspended = Unfuture(for_ever())
+    wrapping = Unfuture(wait_until_suspended("for_ever")[0])
+    assert "for_ever" in repr(suspended)
+    assert "for_ever" in repr(wrapping)
+    with pytest.raises(TimeoutError, match="for_ever"):
+        suspended.result(0)
+    suspended.cancel()
+    assert asked == []
 
 
 def test_repr_of_a_long_result_is_short() -> None:
@@ -1054,7 +1175,7 @@ def test_a_failure_leaves_no_reference_cycle(
 def test_a_failure_leaves_no_reference_cycle_in_who_waited_for_it(where: str) -> None:
     unfuture: Unfuture[Any] = Unfuture()
     waiting = Unfuture(wait(unfuture))
-    wait_until(lambda waiting=waiting: "task=" in repr(waiting), "the wait")
+    wait_until_suspended(wait.__qualname__)
     if where == "loop":
         in_loop(unsync.loop, finish, unfuture, "failure")
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, wait_until
+from conftest import PATIENCE, wait_until, wait_until_suspended
 
 from unsync import Unfuture, unsync
 
@@ -206,6 +206,19 @@ def test_cancelling_a_concurrent_view_cancels_it() -> None:
     assert view.cancelled()
     assert other.cancelled()
     assert unfuture.cancelled()
+
+
+def test_a_concurrent_view_of_a_coroutine_is_cancelled_with_it() -> None:
+    @unsync
+    async def for_ever() -> None:
+        await asyncio.Event().wait()
+
+    unfuture = for_ever()
+    view = unfuture.concurrent_future
+    wait_until_suspended(for_ever.__qualname__)
+    assert unfuture.cancel()
+    assert concurrent.futures.wait([view], PATIENCE).done == {view}
+    assert view.cancelled()
 
 
 def test_a_concurrent_view_tells_whether_it_runs_and_can_be_cancelled() -> None:

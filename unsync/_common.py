@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from contextvars import Context
@@ -202,16 +202,47 @@ def outcome_of_asyncio(future: asyncio.Future[Any]) -> tuple[int, Any]:
     return FINISHED, future.result()
 
 
-def describe(unfuture: Unfuture[Any], status: int, outcome: Any, label: str, source: object) -> str:
-    """The text of `repr(unfuture)`: state, outcome, and what is behind it, called `label`."""
-    text = STATE_NAMES[status].lower().replace("_and_notified", "")
-    if status == FINISHED:
-        text += f" result={_short_repr(outcome)}"
-    elif status == FAILED:
-        text += f" exception={_short_repr(outcome)}"
-    elif source is not None:
-        text += f" {label}={_short_repr(source)}"
-    return f"<{type(unfuture).__name__} {text}>"
+def name_of(thing: object) -> str:
+    """The qualified name of a function, of a coroutine, or of a task's coroutine."""
+    try:
+        while isinstance(thing, functools.partial):
+            thing = thing.func
+        if asyncio.isfuture(thing):
+            thing = cast("asyncio.Task[Any]", thing).get_coro()
+        name = cast("Callable[..., object]", thing).__qualname__
+    except Exception:  # a callable object may have anything of its own there
+        name = None
+    return name if isinstance(name, str) and name else type(thing).__qualname__
+
+
+# Which Unfutures are being described, and by which threads: a result may lead back to its Unfuture.
+_describing: set[tuple[int, int]] = set()
+
+
+def describe(unfuture: Unfuture[Any], status: int, outcome: Any, behind: object) -> str:
+    """The text of `repr(unfuture)`: state, what is behind it, outcome.
+
+    :param behind: the name of a function, the Unfuture or the mirror whose outcome it will have.
+    """
+    kind = type(unfuture).__name__
+    key = id(unfuture), threading.get_ident()
+    if key in _describing:
+        return f"<{kind} ...>"
+    _describing.add(key)
+    try:
+        text = STATE_NAMES[status].lower().replace("_and_notified", "")
+        if isinstance(behind, str):
+            text += f" function={behind}"
+        elif behind is not None and status < CANCELLED:
+            label = "future" if isinstance(behind, Mirror) else "unfuture"
+            text += f" {label}={_short_repr(behind)}"
+        if status == FINISHED:
+            text += f" result={_short_repr(outcome)}"
+        elif status == FAILED:
+            text += f" exception={_short_repr(outcome)}"
+    finally:
+        _describing.discard(key)
+    return f"<{kind} {text}>"
 
 
 def _short_repr(value: object) -> str:
@@ -293,7 +324,10 @@ class Waiters:
 class Mirror:
     """Keeps an Unfuture and the future of another kind that it wraps alike, both ways."""
 
-    __slots__ = ()
+    __slots__ = ("function",)
+
+    # The name of the function behind the wrapped one, where it is known.
+    function: str | None
 
     def attach(self) -> None:
         """Begins to mirror.
@@ -320,12 +354,15 @@ class AsyncioMirror(Mirror):
     __slots__ = ("_future", "_loop", "_target")
 
     def __init__(self, target: Unfuture[Any], future: asyncio.Future[Any]) -> None:
+        self.function = None
         self._target = target
         self._future = future
         self._loop = future.get_loop()
 
     def __repr__(self) -> str:
-        return repr(self._future)
+        # Not the future's own: only the loop's thread may look at its callbacks.
+        name = f" {name_of(self._future)}" if isinstance(self._future, asyncio.Task) else ""
+        return f"<{type(self._future).__name__}{name}>"
 
     def attach(self) -> None:
         if self._future.done():
@@ -376,6 +413,7 @@ class ConcurrentMirror(Mirror):
     __slots__ = ("_future", "_target")
 
     def __init__(self, target: Unfuture[Any], future: concurrent.futures.Future[Any]) -> None:
+        self.function = None
         self._target = target
         self._future = future
 

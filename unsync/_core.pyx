@@ -54,6 +54,7 @@ from unsync._common import (
     log_failed_callback,
     logger,
     mirror_of,
+    name_of as any_name_of,
     orphan_error,
     outcome_of_asyncio,
     rebuild,
@@ -73,9 +74,19 @@ cdef extern from *:
       #define unsync_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
       #define unsync_store(p, v) __atomic_store_n((p), (unsigned char)(v), __ATOMIC_RELEASE)
     #endif
+
+    /* A new reference to the `__qualname__` of a plain function. */
+    static inline PyObject *unsync_function_name(PyObject *function) {
+    #ifdef Py_GIL_DISABLED
+        return PyObject_GetAttrString(function, "__qualname__"); /* somebody may be setting it */
+    #else
+        return Py_NewRef(((PyFunctionObject *)function)->func_qualname);
+    #endif
+    }
     """
     unsigned char load "unsync_load"(unsigned char *p) nogil
     void store "unsync_store"(unsigned char *p, int v) nogil
+    object function_name "unsync_function_name"(object function)
 
 cdef extern from "pythread.h":
     ctypedef void *PyThread_type_lock
@@ -109,6 +120,7 @@ cdef extern from "Python.h":
     )
     void PyType_Modified(PyTypeObject *cls) noexcept
     bint PyCoro_CheckExact(object value) noexcept
+    bint PyFunction_Check(object value) noexcept
     bint PyObject_IS_GC(object value) noexcept
     bint PyObject_GC_IsTracked(object value) noexcept
     void PyObject_GC_Track(PyObject *value) noexcept
@@ -194,11 +206,12 @@ cdef enum:
     NOTHING = 0
     COROUTINE = 1  # without a task yet; until it is begun `_extra` is the context for it
     JOB = 2  # a function; until it is begun `_outcome` has its arguments, `_extra` its context
-    TASK = 3
+    TASK = 3  # `_outcome` is its coroutine's name
     CONTINUATION = 4  # the source of a `then`; until it is done `_outcome` is the function
     MAPPING = 5  # the same of a `map`
     UNFUTURE = 6
     MIRROR = 7
+    NAME = 8  # of the function that was behind it, once it is done
 
 # A drain gives the loop back to its timers and I/O after this many seconds.
 cdef double DRAIN_SECONDS = 0.002
@@ -228,11 +241,6 @@ cdef frozenset plain_types = PLAIN_TYPES
 cdef object REFUSED = object()
 # Answers `change` when the claim must be made again.
 cdef object RETRY = object()
-
-# What `repr` calls that which is behind an Unfuture, by kind.
-cdef tuple LABELS = (
-    "", "coro", "function", "task", "continuation", "continuation", "unfuture", "future"
-)
 
 
 def set_home(Mailbox mailbox, start):
@@ -641,7 +649,8 @@ cdef class Mailbox(_Line):
         """Starts `coro` as a task of this loop, in whose thread this is called."""
         self._starting.append(unfuture)
         try:
-            task = self.make_task(coro, context)
+            name = name_of(coro)
+            task = self.make_task(coro, context, name)
         except BaseException as exc:
             # The first step raised KeyboardInterrupt or SystemExit, or the user's task factory
             # refused: the caller hears of it, the loop goes on.
@@ -654,32 +663,32 @@ cdef class Mailbox(_Line):
             unfuture.ended_at_once(task)
             return 0
         self.live[task] = unfuture
-        unfuture.started(task)
+        unfuture.started(task, name)
         task.add_done_callback(_TaskDone(self, unfuture), context=context)
         return 0
 
-    cdef make_task(self, coro, context):
+    cdef make_task(self, coro, context, name):
         loop = self._loop() if self._running is None else self._running
         if task_factory_of(loop) is not None:
             task = context.run(loop.create_task, coro)
             if hasattr(task, "set_name"):
-                task.set_name(name_of(coro))
+                task.set_name(name)
             return task
         # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there
         # to be asked for it, else asyncio would report that nobody did.
         task = (<PyTypeObject *>Task).tp_new(<PyTypeObject *>Task, (), NULL)
         try:
             if HAS_EAGER_TASKS:
-                self.init_task(task, loop, coro, context)
+                self.init_task(task, loop, coro, context, name)
             else:
-                self.begin_at_once(task, loop, coro, context)
+                self.begin_at_once(task, loop, coro, context, name)
         except BaseException:
             if task.done():
                 outcome_of_asyncio(task)
             raise
         return task
 
-    cdef int init_task(self, task, loop, coro, context) except -1:
+    cdef int init_task(self, task, loop, coro, context, name) except -1:
         cdef dict options = self._options
         # A task within a task's first step finds them in use, and has its own.
         self._options = None
@@ -687,7 +696,7 @@ cdef class Mailbox(_Line):
             options = {"loop": loop}
             if HAS_EAGER_TASKS:
                 options["eager_start"] = True
-        options["name"] = name_of(coro)
+        options["name"] = name
         if HAS_TASK_CONTEXT:
             options["context"] = context
         else:
@@ -702,7 +711,7 @@ cdef class Mailbox(_Line):
             self._options = options
         return 0
 
-    cdef int begin_at_once(self, task, loop, coro, context) except -1:
+    cdef int begin_at_once(self, task, loop, coro, context, name) except -1:
         """Before Python 3.12: makes the first step, which the task asks the loop to make soon.
 
         A loop that takes no attributes makes the step in its turn.
@@ -716,7 +725,7 @@ cdef class Mailbox(_Line):
             self._attributes["call_soon"] = self._catch
             catches = True
         try:
-            self.init_task(task, loop, coro, context)
+            self.init_task(task, loop, coro, context, name)
         finally:
             if catches:
                 del self._attributes["call_soon"]
@@ -763,8 +772,39 @@ cdef class _TaskDone:
         self.unfuture.take_outcome(task)
 
 
-cdef name_of(coro):
-    return getattr(coro, "__qualname__", None) or type(coro).__name__
+cdef name_of(thing):
+    name = quick_name_of(thing)
+    return any_name_of(thing) if name is None else name
+
+
+cdef inline quick_name_of(thing):
+    """The name without running Python code; None if that would be needed."""
+    if PyFunction_Check(thing):
+        return function_name(thing)
+    if PyCoro_CheckExact(thing):
+        return thing.__qualname__
+    return None
+
+
+cdef name_behind(int kind, source, outcome):
+    """The name of the function behind an Unfuture; None if there is none."""
+    if kind == COROUTINE or kind == JOB:
+        return name_of(source)
+    if kind == CONTINUATION or kind == MAPPING:
+        return name_of(outcome)
+    if kind == TASK:
+        return outcome
+    if kind == MIRROR:
+        return source.function
+    if kind == NAME:
+        return source
+    return None
+
+
+cdef quick_name_behind(int kind, source, outcome):
+    if kind == TASK:
+        return outcome
+    return quick_name_of(outcome if kind == CONTINUATION or kind == MAPPING else source)
 
 
 @cython.final
@@ -1489,7 +1529,7 @@ cdef class Unfuture(_Item):
         cdef int kind = NOTHING
         traceback = outcome.__traceback__ if status == FAILED else None
         chain = REFUSED
-        source = extra = former = None
+        source = extra = former = name = None
         if status == CANCELLED and side is not None:
             status = CANCELLED_AND_NOTIFIED
         with cython.critical_section(self):
@@ -1503,9 +1543,9 @@ cdef class Unfuture(_Item):
                 extra = self._extra
                 former = self._outcome
                 chain = self._chain
-                self._kind = NOTHING
-                self._source = None
                 self._chain = None
+                self._source = name = quick_name_behind(kind, source, former)
+                self._kind = NOTHING if name is None else NAME
                 self._outcome = outcome
                 self._extra = traceback
                 if PyObject_IS_GC(outcome):
@@ -1513,11 +1553,35 @@ cdef class Unfuture(_Item):
                 if status == FAILED:
                     store(&self._unseen, True)
                 store(&self._status, status)
+        if name is None and kind != NOTHING:
+            self.keep_name(name_behind(kind, source, former))
         if kind == COROUTINE and before == PENDING:
             if PyCoro_CheckExact(source):
                 track(source)
             close_unstarted(source)
         return chain
+
+    cdef int keep_name(self, name) except -1:
+        """For `repr`: the function that was behind it."""
+        if name is None:
+            return 0
+        with cython.critical_section(self):
+            if self._kind == NOTHING:
+                self._source = name
+                self._kind = NAME
+        return 0
+
+    def _name_function(self, function):
+        """For `repr`: the function behind the future that this was made from."""
+        mirror = None
+        name = name_of(function)
+        with cython.critical_section(self):
+            if self._kind == MIRROR:
+                mirror = self._source
+        if mirror is not None:
+            mirror.function = name
+        if load(&self._status) >= CANCELLED:
+            self.keep_name(name)
 
     cdef bint complete(self, int status, outcome, int expected) except -1:
         """Makes it done and tells everybody; False if it was done already."""
@@ -1532,8 +1596,8 @@ cdef class Unfuture(_Item):
         """Makes it done and tells everybody; False if it was done already."""
         return self.complete(status, outcome, ANY if expected is None else expected)
 
-    cdef int started(self, task) except -1:
-        """In the ambient loop: its coroutine has become `task`."""
+    cdef int started(self, task, name) except -1:
+        """In the ambient loop: its coroutine, called `name`, has become `task`."""
         coro = None
         request = None
         with cython.critical_section(self):
@@ -1541,6 +1605,7 @@ cdef class Unfuture(_Item):
                 coro = self._source
                 request = self._extra
                 self._source = task
+                self._outcome = name
                 self._extra = None
                 self._kind = TASK
         if type(request) is tuple:
@@ -1656,8 +1721,7 @@ cdef class Unfuture(_Item):
                 function = self._source
                 arguments = self._outcome
                 context = self._extra
-                self._source = self._outcome = self._extra = None
-                self._kind = NOTHING
+                self._outcome = self._extra = None
         if not begun:
             return 0
         if context is None:
@@ -1817,9 +1881,12 @@ cdef class Unfuture(_Item):
             kind = self._kind
             source = self._source
             outcome = self._outcome
-        if kind == CONTINUATION or kind == MAPPING:
-            source = outcome
-        return describe(self, status, outcome, LABELS[kind], source)
+        behind = name_behind(kind, source, outcome)
+        if behind is None:
+            behind = source
+        if kind == MIRROR and status == PENDING and source.running():
+            status = RUNNING
+        return describe(self, status, outcome, behind)
 
     def __reduce__(self):
         """A finished one pickles with its outcome.

@@ -52,6 +52,7 @@ from unsync._common import (
     log_failed_callback,
     logger,
     mirror_of,
+    name_of,
     orphan_error,
     outcome_of_asyncio,
     rebuild,
@@ -352,14 +353,14 @@ def _make_task(
     if loop.get_task_factory() is not None:
         task: asyncio.Task[T] = context.run(loop.create_task, coro)
         if hasattr(task, "set_name"):
-            task.set_name(_name_of(coro))
+            task.set_name(name_of(coro))
         return task
     # In two steps: if the coroutine's first step raises KeyboardInterrupt, the task is there to be
     # asked for it, else asyncio would report that nobody did.
     task = asyncio.Task.__new__(asyncio.Task)
     try:
         if sys.version_info >= (3, 12):
-            name = _name_of(coro)
+            name = name_of(coro)
             task.__init__(coro, loop=loop, name=name, context=context, eager_start=True)  # type: ignore[misc]
         else:
             _begin_at_once(task, loop, coro, context)
@@ -392,7 +393,7 @@ def _begin_at_once(
 
     A loop that takes no attributes makes the step in its turn.
     """
-    name = _name_of(coro)
+    name = name_of(coro)
     caught: list[tuple[Callable[[], object], Context]] = []
     attributes: dict[str, object] = getattr(loop, "__dict__", {"call_soon": None})
     catches = "call_soon" not in attributes
@@ -434,10 +435,6 @@ def _catch_first_step(
         caught.append((callback, context))
         return None
     return type(loop).call_soon(loop, callback, *args, context=context)
-
-
-def _name_of(coro: object) -> str:
-    return getattr(coro, "__qualname__", None) or type(coro).__name__
 
 
 class _Waiter:
@@ -686,9 +683,6 @@ class _Continuation(_Waiter):
         self.target: Unfuture[Any] = _blank(Unfuture)
         self.target._source = self
 
-    def __repr__(self) -> str:
-        return repr(self.function)
-
     def _fire(self, unfuture: Unfuture[Any]) -> tuple[Unfuture[Any], _Waiter | None] | None:
         if unfuture._status != FINISHED:
             unfuture._unseen = False
@@ -801,22 +795,18 @@ class _Job:
         self.kwargs = kwargs
         self.context = context
 
-    def __repr__(self) -> str:
-        return repr(self.function)
 
-
-def _label(source: object) -> str:
-    """What `repr` calls that which is behind an Unfuture."""
-    for kind, label in (
-        (_Call, "coro"),
-        (_Job, "function"),
-        (_Continuation, "continuation"),
-        (Unfuture, "unfuture"),
-        (Mirror, "future"),
-    ):
-        if isinstance(source, kind):
-            return label
-    return "task"
+def _name_behind(source: object) -> str | None:
+    """The name of the function behind an Unfuture; None if there is none."""
+    if isinstance(source, _Call):
+        return name_of(source.coro)
+    if isinstance(source, (_Job, _Continuation)):
+        return name_of(source.function)
+    if isinstance(source, str):
+        return source
+    if isinstance(source, Mirror):
+        return source.function
+    return None if isinstance(source, Unfuture) else name_of(source)
 
 
 def _blank(cls: type[Unfuture[Any]]) -> Unfuture[Any]:
@@ -870,8 +860,9 @@ class Unfuture(Generic[T]):
     # The result, the exception, or the message of a cancellation.
     _outcome: Any
     _traceback: TracebackType | None
-    # What is behind a pending or running one: see cancel().
-    _source: _Call | _Job | _Continuation | asyncio.Task[Any] | Unfuture[Any] | Mirror | None
+    # What is behind a pending or running one: see cancel(). The name of the function that runs in
+    # another thread, or that was behind a done one.
+    _source: _Call | _Job | _Continuation | asyncio.Task[Any] | Unfuture[Any] | Mirror | str | None
     _chain: _Waiter | None
     _side: Waiters | None
 
@@ -1223,6 +1214,8 @@ class Unfuture(Generic[T]):
         """The change of state itself; None if `side` is not what belongs to the Unfuture now."""
         if status == CANCELLED and side is not None:
             status = CANCELLED_AND_NOTIFIED
+        source = self._source
+        name = None if source is None else _name_behind(source)
         with self._lock:
             before = self._status
             if self._side is not side:
@@ -1233,13 +1226,23 @@ class Unfuture(Generic[T]):
             if status == FAILED:
                 self._traceback = outcome.__traceback__
                 self._unseen = True
-            source, self._source = self._source, None
+            source, self._source = self._source, name
             chain, self._chain = self._chain, None
             # Last: whoever reads it without the lock finds the rest in place.
             self._status = status
         if isinstance(source, _Call) and before == PENDING:
             close_unstarted(source.coro)
         return True, chain
+
+    def _name_function(self, function: Callable[..., Any]) -> None:
+        """For `repr`: the function behind the future that this was made from."""
+        name = name_of(function)
+        with self._lock:
+            source = self._source
+            if isinstance(source, Mirror):
+                source.function = name
+            elif source is None and self._status >= CANCELLED:
+                self._source = name
 
     def _complete(self, status: int, outcome: Any, expected: int | None = None) -> bool:
         """Makes it done and tells everybody; False if it was done already."""
@@ -1335,7 +1338,7 @@ class Unfuture(Generic[T]):
             return
         assert isinstance(job, _Job)
         with self._lock:
-            self._source = None
+            self._source = name_of(job.function)
         try:
             # A partial, since PyPy's Context.run() has names for its own arguments.
             result = job.context.run(partial(job.function, *job.args, **job.kwargs))
@@ -1478,7 +1481,11 @@ class Unfuture(Generic[T]):
 
     def __repr__(self) -> str:
         source = self._source
-        return describe(self, self._status, self._outcome, _label(source), source)
+        status = self._status
+        name = None if source is None else _name_behind(source)
+        if isinstance(source, Mirror) and status == PENDING and source.running():
+            status = RUNNING
+        return describe(self, status, self._outcome, source if name is None else name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A finished one pickles with its outcome.

@@ -86,7 +86,7 @@ class _ConcurrentView(concurrent.futures.Future[T]):
         """Called by the thread that finished the Unfuture."""
         try:
             failure = unfuture.exception()
-        except concurrent.futures.CancelledError:
+        except asyncio.CancelledError:  # where no loop runs it is concurrent.futures' as well
             super().cancel()
             super().set_running_or_notify_cancel()  # tells wait() and as_completed()
             return

@@ -287,7 +287,11 @@ def submit_to(
     else:
         call = ContextCall(function, copy_context())
     future = executor.submit(call, *args, **kwargs)
-    return future if isinstance(future, Unfuture) else Unfuture(future)
+    if isinstance(future, Unfuture):
+        return future
+    unfuture = Unfuture(future)
+    unfuture._name_function(function)
+    return unfuture
 
 
 def is_process_pool(executor: concurrent.futures.Executor | None) -> bool:
