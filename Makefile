@@ -49,6 +49,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint unsync
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 # Every way to do the work, side by side, each in an environment of its own; then the pages.
 bench: $(VENV)/.bench

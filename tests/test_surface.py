@@ -26,7 +26,7 @@ HAS_COMPILED = (
 needs_compiled = pytest.mark.skipif(not HAS_COMPILED, reason="no compiled core was built")
 
 CLASSES = ["JobQueue", "Launcher", "Mailbox", "Route", "Unfuture"]
-FUNCTIONS = ["after_fork", "set_home", "when_done"]
+FUNCTIONS = ["after_fork", "in_home_thread", "set_home", "when_done"]
 CONSTANTS = ["BIND_CLASS", "BIND_INSTANCE", "BIND_NOTHING"]
 
 # What an Unfuture shows of itself to asyncio, concurrent.futures and the rest of the package.
@@ -36,6 +36,7 @@ UNFUTURE_HOOKS = [
     "_complete",
     "_condition",
     "_make_cancelled_error",
+    "_name_function",
     "_state",
     "_waiters",
 ]

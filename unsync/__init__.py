@@ -2,11 +2,13 @@
 
 from unsync._backend import ACCELERATED
 from unsync._common import CancelledError, InvalidStateError
+from unsync.context_managers import AmbientContextManager
 from unsync.streams import Stream
 from unsync.unsync import Unfuture, unsync
 
 __all__ = [
     "ACCELERATED",
+    "AmbientContextManager",
     "CancelledError",
     "InvalidStateError",
     "Stream",
@@ -14,6 +16,9 @@ __all__ = [
     "__version__",
     "unsync",
 ]
+
+
+__version__: str
 
 
 def __getattr__(name: str) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "Route",
     "Unfuture",
     "after_fork",
+    "in_home_thread",
     "set_home",
     "when_done",
 ]
@@ -58,5 +59,6 @@ Mailbox = _core.Mailbox
 Route = _core.Route
 Unfuture = _core.Unfuture
 after_fork = _core.after_fork
+in_home_thread = _core.in_home_thread
 set_home = _core.set_home
 when_done = _core.when_done

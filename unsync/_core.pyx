@@ -263,6 +263,12 @@ cdef Mailbox home():
     return _start_home()
 
 
+def in_home_thread():
+    """Whether this is the thread of the ambient loop."""
+    cdef Mailbox mailbox = _home
+    return mailbox is not None and mailbox._thread_id == PyThread_get_thread_ident()
+
+
 def after_fork():
     """Run in the child: what was pending before the fork will never be finished here."""
     global _generation, _fork_lock

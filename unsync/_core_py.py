@@ -74,6 +74,7 @@ __all__ = [
     "Route",
     "Unfuture",
     "after_fork",
+    "in_home_thread",
     "set_home",
     "when_done",
 ]
@@ -115,6 +116,12 @@ def home() -> Mailbox:
     if _start_home is None:
         raise RuntimeError("no ambient loop has been set up")
     return _start_home()
+
+
+def in_home_thread() -> bool:
+    """Whether this is the thread of the ambient loop."""
+    mailbox = _home
+    return mailbox is not None and mailbox.thread_id == get_ident()
 
 
 def after_fork() -> None:
@@ -893,9 +900,9 @@ class Unfuture(Generic[T]):
             mirror.attach()
 
     @classmethod
-    def from_value(cls, value: T) -> Unfuture[T]:
+    def from_value(cls, value: R) -> Unfuture[R]:
         """One that is finished already, with `value` as its result."""
-        unfuture = cls()
+        unfuture = cast("type[Unfuture[R]]", cls)()
         unfuture.set_result(value)
         return unfuture
 

@@ -13,11 +13,11 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from unsync import _common, executors, streams
+from unsync import _common, context_managers, executors, streams
 from unsync._ambient import Ambient, LoopFactory
 from unsync._backend import (
     BIND_CLASS,
@@ -28,9 +28,10 @@ from unsync._backend import (
     Unfuture,
     after_fork,
 )
+from unsync.context_managers import AmbientContextManager
 from unsync.streams import Stream
 
-__all__ = ["Stream", "Unfuture", "unsync"]
+__all__ = ["AmbientContextManager", "Stream", "Unfuture", "unsync"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -279,7 +280,8 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     them is decided once, here. Context variables of the caller are seen by the first two.
 
     A generator function, async or regular, gives a `Stream` of its values instead: an async one
-    runs in the ambient event loop, a regular one in the thread executor.
+    runs in the ambient event loop, a regular one in the thread executor. What
+    `contextlib.asynccontextmanager` made gives an `AmbientContextManager`.
 
     It can be written `@unsync`, `@unsync()`, `@unsync(option=...)` or `unsync(function)`, above
     functions, methods, static- and classmethods (or below those two), builtins,
@@ -343,6 +345,11 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                 )
             threads = _threads.route if executor is None else Route(_way_into(executor), executor)
             route = Route(streams.in_threads(read_ahead or streams.READ_AHEAD, threads))
+        elif context_managers.is_made_by_contextlib(_below_partials(function)):
+            is_stream = False
+            if elsewhere:
+                raise _no_way("async context manager", function, elsewhere, "they")
+            route = Route(context_managers.start)
         else:
             is_stream = False
             if _is_coroutine_function(function):
@@ -435,82 +442,10 @@ def _is_coroutine_function(function: Callable[..., Any]) -> bool:
     return mark is not None and getattr(function, "_is_coroutine", None) is mark
 
 
-class _StreamLauncher(Protocol[P, T]):
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Stream[T]: ...
-    def __get__(self, instance: object, owner: type | None = None) -> Any: ...
-
-
-class _Decorator(Protocol):
-    @overload
-    def __call__(  # type: ignore[overload-overlap]
-        self, func: Callable[P, AsyncIterator[T]], /
-    ) -> _StreamLauncher[P, T]: ...
-    @overload
-    def __call__(  # type: ignore[overload-overlap]
-        self, func: Callable[P, Generator[T, Any, Any]], /
-    ) -> _StreamLauncher[P, T]: ...
-    @overload
-    def __call__(self, func: Callable[P, Coroutine[Any, Any, T]], /) -> Launcher[P, T]: ...
-    @overload
-    def __call__(self, func: Callable[P, T], /) -> Launcher[P, T]: ...
-
-
-class _Unsync(Protocol):
-    """`unsync` as type checkers see it: no class can say what calling it gives."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop: ...
-    @property
-    def thread(self) -> threading.Thread: ...
-    @property
-    def loop_factory(self) -> LoopFactory | None: ...
-    @loop_factory.setter
-    def loop_factory(self, factory: LoopFactory | None) -> None: ...
-    @property
-    def thread_executor(self) -> concurrent.futures.Executor: ...
-    @thread_executor.setter
-    def thread_executor(self, executor: concurrent.futures.Executor | None) -> None: ...
-    @property
-    def process_executor(self) -> concurrent.futures.Executor: ...
-    @process_executor.setter
-    def process_executor(self, executor: concurrent.futures.Executor | None) -> None: ...
-    def shutdown(self, timeout: float | None = None) -> bool: ...
-    @overload
-    def __call__(  # type: ignore[overload-overlap]
-        self, func: Callable[P, AsyncIterator[T]], /, *, read_ahead: int | None = None
-    ) -> _StreamLauncher[P, T]: ...
-    @overload
-    def __call__(  # type: ignore[overload-overlap]
-        self,
-        func: Callable[P, Generator[T, Any, Any]],
-        /,
-        *,
-        executor: concurrent.futures.Executor | None = None,
-        read_ahead: int | None = None,
-    ) -> _StreamLauncher[P, T]: ...
-    @overload
-    def __call__(self, func: Callable[P, Coroutine[Any, Any, T]], /) -> Launcher[P, T]: ...
-    @overload
-    def __call__(
-        self,
-        func: Callable[P, T],
-        /,
-        *,
-        cpu_bound: bool = False,
-        executor: concurrent.futures.Executor | None = None,
-    ) -> Launcher[P, T]: ...
-    @overload
-    def __call__(
-        self,
-        *,
-        cpu_bound: bool = False,
-        executor: concurrent.futures.Executor | None = None,
-        read_ahead: int | None = None,
-    ) -> _Decorator: ...
-
-
 if TYPE_CHECKING:
-    unsync: _Unsync
+    from unsync._types import Unsync
+
+    unsync: Unsync
 else:
     _Marked.__name__ = _Marked.__qualname__ = "unsync"
     unsync = _Marked

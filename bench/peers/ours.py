@@ -32,7 +32,8 @@ class Ours(base.Peer):
         return Unfuture[float](work).result()
 
     def start_coroutine(self, function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        return unsync(function)()
+        marked: Callable[[], Any] = unsync(function)
+        return marked()
 
     def start_function(self, function: Callable[[], Any]) -> Any:
         return unsync(function)()

@@ -1,0 +1,128 @@
+"""`unsync` as type checkers see it: what marking each kind of function gives.
+
+Not imported at run time. No class can say what calling it gives other than itself, so `unsync` is
+described by a protocol. A marked function is a plain callable to them, since those become methods
+where they stand in a class.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import _AsyncGeneratorContextManager
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
+
+from unsync._ambient import LoopFactory
+from unsync._core_py import Launcher, Unfuture
+from unsync.context_managers import AmbientContextManager
+from unsync.streams import Stream
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C")
+
+
+class _Nothing:
+    """Nobody returns it: only a function that returns `Any` matches it.
+
+    Without this such a function would match what is tried first. That what is given then is of
+    another type keeps mypy from mixing all that it could be into an untyped callable.
+    """
+
+
+class Mark(Protocol):
+    """Marks functions: `unsync` itself, and what `unsync(option=...)` gives.
+
+    The kinds stand in the order in which they are tried: what a call gives decides.
+    """
+
+    @overload
+    def __call__(self, func: Callable[P, _Nothing], /) -> Launcher[P, Any]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(
+        self, func: staticmethod[P, Coroutine[Any, Any, T]], /
+    ) -> staticmethod[P, Unfuture[T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        func: staticmethod[P, T],
+        /,
+        *,
+        cpu_bound: bool = False,
+        executor: concurrent.futures.Executor | None = None,
+    ) -> staticmethod[P, Unfuture[T]]: ...
+    @overload
+    def __call__(
+        self, func: classmethod[C, P, Coroutine[Any, Any, T]], /
+    ) -> classmethod[C, P, Unfuture[T]]: ...
+    @overload
+    def __call__(
+        self,
+        func: classmethod[C, P, T],
+        /,
+        *,
+        cpu_bound: bool = False,
+        executor: concurrent.futures.Executor | None = None,
+    ) -> classmethod[C, P, Unfuture[T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, func: Callable[P, _AsyncGeneratorContextManager[T]], /
+    ) -> Callable[P, AmbientContextManager[T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, func: Callable[P, AsyncIterator[T]], /, *, read_ahead: int | None = None
+    ) -> Callable[P, Stream[T]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        func: Callable[P, Generator[T, Any, Any]],
+        /,
+        *,
+        executor: concurrent.futures.Executor | None = None,
+        read_ahead: int | None = None,
+    ) -> Callable[P, Stream[T]]: ...
+    @overload
+    def __call__(
+        self, func: Callable[P, Coroutine[Any, Any, T]], /
+    ) -> Callable[P, Unfuture[T]]: ...
+    @overload
+    def __call__(
+        self,
+        func: Callable[P, T],
+        /,
+        *,
+        cpu_bound: bool = False,
+        executor: concurrent.futures.Executor | None = None,
+    ) -> Callable[P, Unfuture[T]]: ...
+    @overload
+    def __call__(
+        self,
+        *,
+        cpu_bound: bool = False,
+        executor: concurrent.futures.Executor | None = None,
+        read_ahead: int | None = None,
+    ) -> Mark: ...
+
+
+class Unsync(Mark, Protocol):
+    """The decorator, with what is set on it for all functions."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+    @property
+    def thread(self) -> threading.Thread: ...
+    @property
+    def loop_factory(self) -> LoopFactory | None: ...
+    @loop_factory.setter
+    def loop_factory(self, factory: LoopFactory | None, /) -> None: ...
+    @property
+    def thread_executor(self) -> concurrent.futures.Executor: ...
+    @thread_executor.setter
+    def thread_executor(self, executor: concurrent.futures.Executor | None, /) -> None: ...
+    @property
+    def process_executor(self) -> concurrent.futures.Executor: ...
+    @process_executor.setter
+    def process_executor(self, executor: concurrent.futures.Executor | None, /) -> None: ...
+    def shutdown(self, timeout: float | None = None) -> bool: ...

@@ -1,0 +1,333 @@
+"""Async context managers for threads and for every event loop: by `with` and by `async with`.
+
+A host, one task of the ambient loop, enters the manager, waits for the body to be left, and leaves
+the manager: so cancel scopes and timeouts, which belong to one task, work inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, Generic, TypeVar, final
+
+from unsync._backend import Unfuture, in_home_thread, when_done
+
+__all__ = ["AmbientContextManager", "is_made_by_contextlib", "start"]
+
+T = TypeVar("T")
+
+
+class _Host(Generic[T]):
+    """One entering and leaving of a manager."""
+
+    def __init__(self, manager: AbstractAsyncContextManager[T, bool | None]) -> None:
+        self.manager = manager
+        self.entered: Unfuture[T] = Unfuture()
+        # The body has been left, with that exception.
+        self.left: Unfuture[BaseException | None] = Unfuture()
+        # Somebody cancelled the body's task; belongs to that task until `left` is done.
+        self.body_was_cancelled = False
+        work: Any = self.work()
+        work.__qualname__ = _name_of(manager)  # which becomes the task's name
+        try:
+            self.ended: Unfuture[bool] = Unfuture(work)
+        except BaseException:
+            work.close()  # the ambient loop cannot be started
+            raise
+        when_done(self.ended, self.is_over)
+
+    def is_over(self, ended: Unfuture[bool]) -> None:
+        """The last to hear of it: if it never ran, it cannot have told who wants to enter."""
+        if not self.entered.done():
+            self.entered.cancel()
+
+    def interrupt(self) -> None:
+        """Has the body end, where somebody can; called in the ambient loop."""
+
+    async def work(self) -> bool:
+        """Whether the manager suppressed what the body was left with."""
+        kind = type(self.manager)
+        try:
+            value = await kind.__aenter__(self.manager)
+        except asyncio.CancelledError as cancelled:
+            self.entered.cancel(*cancelled.args[:1])
+            return False
+        except BaseException as exc:
+            if not _set(self.entered.set_exception, _without_this_frame(exc)):
+                raise
+            return False
+        interruption: BaseException | None = None
+        if _set(self.entered.set_result, value):
+            failure, interruption = await self.body()
+        else:
+            failure = interruption = asyncio.CancelledError()  # nobody waits for it any more
+        del value
+        if self.body_was_cancelled:
+            await _count_as_cancelled()
+        if interruption is not None and _is_no_failure(failure):
+            # The scope that cancelled this task looks for this one.
+            failure = interruption
+        try:
+            if failure is None:
+                await kind.__aexit__(self.manager, None, None, None)
+                return False
+            suppressed = await kind.__aexit__(
+                self.manager, type(failure), failure, failure.__traceback__
+            )
+            if not suppressed and failure is interruption:
+                raise failure
+            return bool(suppressed)
+        finally:
+            del failure, interruption, self  # whose tracebacks may lead to this frame
+
+    async def body(self) -> tuple[BaseException | None, BaseException | None]:
+        """What the body was left with, and what cancelled this task meanwhile.
+
+        The manager is left after the body, whatever happens: what it manages is in use there.
+        """
+        interruption = None
+        while True:
+            try:
+                return await asyncio.shield(self.left), interruption
+            except asyncio.CancelledError as cancelled:  # noqa: PERF203
+                if interruption is None:
+                    interruption = cancelled
+                    self.interrupt()
+
+    def abort(self) -> None:
+        """Who wanted to enter goes away."""
+        if self.entered.cancel():
+            self.ended.cancel()
+        else:
+            _set(self.left.set_result, asyncio.CancelledError())
+
+
+@final
+class _HostOfTask(_Host[T]):
+    """The body runs in a task of another loop, and is cancelled with the host."""
+
+    def __init__(self, manager: AbstractAsyncContextManager[T, bool | None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        # These belong to that loop's thread.
+        self.task = asyncio.current_task()
+        self.requests = _requests(self.task)
+        self.interrupted = False
+        super().__init__(manager)
+
+    def interrupt(self) -> None:
+        with contextlib.suppress(RuntimeError):  # a loop that is closed runs no body
+            self.loop.call_soon_threadsafe(self.cancel_body)
+
+    def cancel_body(self) -> None:
+        if self.task is not None and not self.left.done():
+            self.interrupted = True
+            self.task.cancel()
+
+    async def leave(self, failure: BaseException | None) -> bool:
+        if isinstance(failure, asyncio.CancelledError):
+            self.body_was_cancelled = _requests(self.task) > self.requests + self.interrupted
+        self.left.set_result(failure)
+        if not self.interrupted:
+            return await self.ended
+        assert self.task is not None
+        if getattr(self.task, "_must_cancel", False):
+            # The body was left before it heard of it.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        try:
+            return await self.ended
+        finally:
+            if sys.version_info >= (3, 11) and self.task.uncancel() > self.requests:
+                # Somebody else cancelled the task as well, and must not be forgotten.
+                raise asyncio.CancelledError
+
+
+@final
+class AmbientContextManager(Generic[T]):
+    """An async context manager for threads and every loop: `with` here, `async with` there.
+
+    Calling a function marked with `@unsync` and made by `contextlib.asynccontextmanager` gives one.
+    Any other manager, that is an object with `__aenter__` and `__aexit__`, can be put into one:
+    `with AmbientContextManager(lock): ...`.
+
+    Both methods of the manager run in one task of the ambient loop, with the context variables of
+    who entered. In the ambient loop itself `async with` is as if this class were not there.
+
+    If that task is cancelled, by a timeout or a task group that the manager is inside of, the body
+    is cancelled if it runs in a loop. A body in a thread cannot be stopped: the outcome of the
+    cancelling is raised when it is left.
+
+    It can be entered again once it has been left, if the manager can.
+
+    :param manager: what to enter.
+    :raises TypeError: if `manager` is no async context manager.
+    """
+
+    __slots__ = ("__weakref__", "_host", "_lock", "_manager")
+
+    def __init__(self, manager: AbstractAsyncContextManager[T, bool | None]) -> None:
+        kind = type(manager)
+        if not (hasattr(kind, "__aenter__") and hasattr(kind, "__aexit__")):
+            raise TypeError(
+                "AmbientContextManager() takes an object with __aenter__ and __aexit__, not "
+                f"{manager!r}"
+            )
+        self._manager = manager
+        self._lock = threading.Lock()  # guards what follows
+        self._host: _Host[T] | None = None
+
+    def __repr__(self) -> str:
+        return f"<AmbientContextManager of {self._manager!r}>"
+
+    def __enter__(self) -> T:
+        """Enters the manager, and waits until that is done, in a thread.
+
+        :raises BaseException: what the manager raises.
+        :raises RuntimeError: in `unsync.thread`, which must use `async with`; if it is entered
+            already.
+        """
+        if in_home_thread():
+            raise RuntimeError(
+                f"'with {self!r}' in unsync.thread would block the ambient event loop for ever; "
+                "use 'async with' instead"
+            )
+        host = self._begin(_Host)
+        try:
+            return host.entered.result()
+        except BaseException:
+            self._take()
+            host.abort()
+            with contextlib.suppress(asyncio.CancelledError):
+                host.ended.result()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        """Leaves the manager, and waits until that is done; whether it suppressed `exc`.
+
+        :raises BaseException: what the manager raises.
+        """
+        host = self._take()
+        host.left.set_result(exc)
+        try:
+            return host.ended.result()
+        finally:
+            del exc, host  # a failure's traceback leads to this frame
+
+    async def __aenter__(self) -> T:
+        """`__enter__` in any loop."""
+        if in_home_thread():
+            return await type(self._manager).__aenter__(self._manager)
+        host = self._begin(_HostOfTask)
+        try:
+            return await host.entered
+        except BaseException:
+            self._take()
+            host.abort()
+            with contextlib.suppress(asyncio.CancelledError):
+                await host.ended
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        """`__exit__` in any loop."""
+        if in_home_thread():
+            return await type(self._manager).__aexit__(self._manager, kind, exc, traceback)
+        host = self._take()
+        assert isinstance(host, _HostOfTask)
+        try:
+            return await host.leave(exc)
+        finally:
+            del exc, host  # a failure's traceback leads to this frame
+
+    def _begin(
+        self, make: Callable[[AbstractAsyncContextManager[T, bool | None]], _Host[T]]
+    ) -> _Host[T]:
+        with self._lock:
+            if self._host is not None:
+                raise RuntimeError(
+                    f"{self!r} is entered already; make one for each block that is to enter it"
+                )
+            host = self._host = make(self._manager)
+            return host
+
+    def _take(self) -> _Host[T]:
+        with self._lock:
+            host, self._host = self._host, None
+        if host is None:
+            raise RuntimeError(f"{self!r} was left before it was entered")
+        return host
+
+
+def _name_of(manager: object) -> str:
+    # What asynccontextmanager makes knows its generator.
+    named = getattr(manager, "gen", None)
+    name = getattr(named, "__qualname__", None)
+    return name if isinstance(name, str) else type(manager).__qualname__
+
+
+def _requests(task: asyncio.Task[Any] | None) -> int:
+    """How often the task has been asked to cancel, as far as Python can tell."""
+    if sys.version_info < (3, 11) or task is None:
+        return 0
+    return task.cancelling()
+
+
+async def _count_as_cancelled() -> None:
+    """Lets a timeout that this task leaves know that the cancelling is not its own, or not only."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+
+
+def _is_no_failure(failure: BaseException | None) -> bool:
+    return failure is None or isinstance(failure, asyncio.CancelledError)
+
+
+def _set(setter: Callable[[Any], None], value: object) -> bool:
+    """Whether the Unfuture had no outcome."""
+    try:
+        setter(value)
+    except asyncio.InvalidStateError:
+        return False
+    return True
+
+
+def _without_this_frame(failure: BaseException) -> BaseException:
+    traceback = failure.__traceback__
+    return failure.with_traceback(None if traceback is None else traceback.tb_next)
+
+
+@contextlib.asynccontextmanager
+async def _any() -> AsyncIterator[None]:
+    yield
+
+
+_code = _any.__code__
+
+
+def is_made_by_contextlib(function: Callable[..., Any]) -> bool:
+    """Whether `contextlib.asynccontextmanager` made it."""
+    return getattr(function, "__code__", None) is _code
+
+
+def start(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AmbientContextManager[Any]:
+    """What a call of a marked function gives."""
+    return AmbientContextManager(function(*args, **kwargs))
