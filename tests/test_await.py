@@ -959,3 +959,66 @@ def test_a_coroutine_that_awaits_itself_gets_an_error(suspended_before: bool) ->
             itself.pop().cancel()
 
     main().result(2 * PATIENCE)
+
+
+# Driven by hand, as some libraries drive what they wrap.
+
+
+def driven(main: Callable[[], Any]) -> Any:
+    """What `main()` returns in a running loop."""
+
+    async def call() -> Any:
+        return main()
+
+    return asyncio.run(call())
+
+
+def test_the_iterator_of_an_await_takes_send() -> None:
+    def main() -> None:
+        unfuture: Unfuture[int] = Unfuture()
+        iterator: Any = unfuture.__await__()
+        parked = iterator.send(None)
+        assert asyncio.isfuture(parked)
+        unfuture.set_result(42)
+        with pytest.raises(StopIteration) as caught:
+            iterator.send(None)
+        assert caught.value.value == 42
+        iterator.close()
+
+    driven(main)
+
+
+@pytest.mark.parametrize("arguments", [(KeyError("why"),), (KeyError,)])
+def test_the_iterator_of_an_await_takes_throw(arguments: tuple[Any, ...]) -> None:
+    def main() -> None:
+        unfuture: Unfuture[int] = Unfuture()
+        iterator: Any = unfuture.__await__()
+        iterator.send(None)
+        with pytest.raises(KeyError):
+            iterator.throw(*arguments)
+        assert not unfuture.done()
+
+    driven(main)
+
+
+@pytest.mark.filterwarnings("ignore:the .type, value, traceback. form:DeprecationWarning")
+def test_the_old_form_of_throw_and_what_is_no_exception() -> None:
+    iterator: Any = Unfuture[int]().__await__()
+    traceback = None
+    try:
+        raise LookupError
+    except LookupError as exc:
+        traceback = exc.__traceback__
+    with pytest.raises(KeyError, match="why") as caught:
+        iterator.throw(KeyError, "why", traceback)
+    assert traceback in {entry._rawentry for entry in caught.traceback}
+    with pytest.raises(KeyError, match="because"):
+        iterator.throw(KeyError, KeyError("because"))
+    with pytest.raises(KeyError) as caught:
+        iterator.throw(KeyError, (1, 2))
+    assert caught.value.args == (1, 2)
+    for wrong in [(list,), (KeyError("a"), KeyError("b")), (3, None, None)]:
+        with pytest.raises(TypeError, match="throw"):
+            iterator.throw(*wrong)
+    with pytest.raises(TypeError):
+        iterator.throw(KeyError, None, 32)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import GenericAlias, ModuleType
 from typing import Any
 
 import pytest
@@ -395,3 +395,15 @@ def test_a_compiled_core_that_does_not_load_is_an_error(run_python: RunPython, f
     assert run.returncode != 0
     assert run.stdout == ""
     assert fault.split("'")[1] in run.stderr
+
+
+def test_the_generic_classes_take_type_arguments(core: Any) -> None:
+    alias = core.Unfuture[int]
+    assert isinstance(alias, GenericAlias)
+    assert alias.__args__ == (int,)
+    assert type(alias()) is core.Unfuture
+
+    class Sub(alias):  # type: ignore[misc]
+        pass
+
+    assert issubclass(Sub, core.Unfuture)

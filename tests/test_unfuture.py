@@ -480,6 +480,11 @@ def test_setting_twice_is_an_error_of_both_worlds(
     check(unfuture, first)
 
 
+def test_a_done_one_refuses_what_is_no_exception_as_it_refuses_everything() -> None:
+    with pytest.raises(InvalidStateError):
+        Unfuture.from_value(1).set_exception(None)
+
+
 def test_of_many_threads_that_set_it_one_wins_and_all_see_its_value(in_thread: Any) -> None:
     threads, rounds = 8, 40
     unfutures: list[Unfuture[int]] = [Unfuture() for _ in range(rounds)]
@@ -1241,13 +1246,14 @@ def _look_behind_another(unfuture: Unfuture[Any]) -> None:
 @pytest.mark.parametrize(
     "look",
     [
+        Unfuture.cancel,
         _look_by_result,
         Unfuture.exception,
         lambda unfuture: asyncio.run(_look_by_awaiting(unfuture)),
         _look_behind_then,
         _look_behind_another,
     ],
-    ids=["result", "exception", "await", "then", "another"],
+    ids=["cancel", "result", "exception", "await", "then", "another"],
 )
 def test_a_failure_that_somebody_looked_at_is_not_reported(
     make: Callable[[], Unfuture[Any]],

@@ -14,12 +14,14 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Coroutine
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from contextvars import Context
+    from types import TracebackType
 
     from unsync._core_py import Unfuture
 
@@ -119,6 +121,30 @@ def awaited_exception(exc: BaseException) -> BaseException:
     return exc
 
 
+def thrown(kind: object, value: object, traceback: object) -> BaseException:
+    """The exception for an iterator's `throw`, which takes what generators take.
+
+    :raises TypeError: if the arguments do not make one.
+    """
+    if (value, traceback) != (None, None) and sys.version_info >= (3, 12):
+        warnings.warn(
+            "the (type, value, traceback) form of throw() is deprecated, pass the exception alone",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    if isinstance(kind, type) and issubclass(kind, BaseException):
+        if isinstance(value, kind):
+            exc: BaseException = value
+        else:
+            arguments = value if isinstance(value, tuple) else () if value is None else (value,)
+            exc = kind(*arguments)
+    elif isinstance(kind, BaseException) and value is None:
+        exc = kind
+    else:
+        raise TypeError(f"throw() takes an exception, not {kind!r} and {value!r}")
+    return exc if traceback is None else exc.with_traceback(cast("TracebackType", traceback))
+
+
 def check_exception(exception: object) -> BaseException:
     """An instance for `set_exception`.
 
@@ -171,7 +197,7 @@ def report_failed_callback(
 def log_failed_callback(
     callback: Callable[[Unfuture[Any]], object], unfuture: Unfuture[Any], failure: BaseException
 ) -> None:
-    logger.error("exception calling callback %r for %r", callback, unfuture, exc_info=failure)
+    logger.error("exception calling callback for %r: %r", unfuture, callback, exc_info=failure)
 
 
 async def wait_for_awaitable(awaitable: Any) -> Any:

@@ -60,6 +60,7 @@ from unsync._common import (
     rebuild,
     report_failed_callback,
     report_unseen_failure,
+    thrown,
     wait_for_awaitable,
     would_deadlock_error,
 )
@@ -976,6 +977,16 @@ cdef class _Park(_Item):
                 return self
         raise StopIteration(unfuture.awaited())
 
+    def send(self, value):
+        """As asyncio's: for those who drive a coroutine by hand."""
+        return self.__next__()
+
+    def throw(self, kind, value=None, traceback=None):
+        raise thrown(kind, value, traceback)
+
+    def close(self):
+        pass
+
     # What a task asks of the future that it is parked on.
 
     def get_loop(self):
@@ -1312,6 +1323,8 @@ cdef class Unfuture(_Item):
         :raises InvalidStateError: if it is done already.
         :raises TypeError: if it is no exception.
         """
+        if self.is_done():
+            raise already_done_error(self)
         self.set(FAILED, check_exception(exception))
 
     cdef int set(self, int status, outcome) except -1:
@@ -1378,6 +1391,7 @@ cdef class Unfuture(_Item):
                 # The context has been taken, or is in use: nothing is dropped here.
                 self._extra, request = request, self._extra
         if status >= CANCELLED:
+            store(&self._unseen, False)  # as in asyncio: who cancels does not want to hear of it
             return status <= CANCELLED_AND_NOTIFIED, None
         if status == RUNNING and kind == COROUTINE:
             return True, None

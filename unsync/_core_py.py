@@ -24,8 +24,19 @@ from contextvars import Context, copy_context
 from functools import partial
 from threading import get_ident
 from time import monotonic
-from types import MethodType, TracebackType
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, cast, final, overload
+from types import GenericAlias, MethodType, TracebackType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NoReturn,
+    ParamSpec,
+    TypeVar,
+    cast,
+    final,
+    overload,
+)
 from weakref import ref
 
 from unsync._common import (
@@ -59,6 +70,7 @@ from unsync._common import (
     report_failed_callback,
     report_unseen_failure,
     running_loop,
+    thrown,
     wait_for_awaitable,
     would_deadlock_error,
 )
@@ -596,6 +608,20 @@ class _Park(_Waiter):
             del unfuture
         raise StopIteration(value)
 
+    def send(self, value: object) -> _Park:
+        """As asyncio's: for those who drive a coroutine by hand."""
+        try:
+            return self.__next__()
+        finally:
+            del self
+
+    def throw(self, kind: object, value: object = None, traceback: object = None) -> NoReturn:
+        del self  # the traceback holds this frame
+        raise thrown(kind, value, traceback)
+
+    def close(self) -> None:
+        pass
+
     def _must_wait(self) -> bool:
         if self._begun:
             raise RuntimeError("await wasn't used with future")
@@ -859,6 +885,9 @@ class Unfuture(Generic[T]):
     # asyncio.isfuture() looks for it. No task is ever parked on the Unfuture itself: see _Park.
     _asyncio_future_blocking: ClassVar[bool] = False
 
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(GenericAlias)
+
     _lock: threading.RLock
     _status: int
     _generation: int
@@ -1035,6 +1064,8 @@ class Unfuture(Generic[T]):
         :raises InvalidStateError: if it is done already.
         :raises TypeError: if it is no exception.
         """
+        if self.done():
+            raise already_done_error(self)
         source = self._source
         instance = check_exception(exception)
         if not self._complete(FAILED, instance):
@@ -1088,6 +1119,7 @@ class Unfuture(Generic[T]):
                 source.cancelling = (msg,)
                 return True, None
         if status >= CANCELLED:
+            self._unseen = False  # as in asyncio: who cancels does not want to hear of it
             return status <= CANCELLED_AND_NOTIFIED, None
         if isinstance(source, Unfuture):
             return None, source
