@@ -37,6 +37,7 @@ AGAIN = "cancelling what is cancelled is True, as in concurrent.futures"
 EXIT = "an atexit handler may still call functions"
 PARKED = "what a task is parked on is not the Unfuture, which several tasks may await at once"
 WHOLE = "it needs no __init__"
+CALLABLE = "a done-callback that cannot be called is a TypeError at once"
 
 DIFFERENCES = {
     "FutureTests.test_repr": REPR,
@@ -65,6 +66,12 @@ DIFFERENCES = {
     "AsyncioFutureTests.test_wrap_future_use_running_loop": WRAP,
     "AsyncioFutureTests.test_wrap_future_without_loop": WRAP,
     "AsyncioFutureTests.test_yield_from_twice": PARKED,
+    "AsyncioFutureDoneCallbackTests.test_evil_call_soon_list_mutation": LOOP,
+    "AsyncioFutureDoneCallbackTests.test_use_after_free_on_fut_callback_0_with_evil__eq__": CALLABLE,
+    "AsyncioFutureDoneCallbackTests"
+    ".test_use_after_free_on_fut_callback_0_with_evil__getattribute__": LOOP,
+    "AsyncioFutureDoneCallbackTests"
+    ".test_use_after_free_on_fut_context_0_with_evil__getattribute__": LOOP,
 }
 
 if sys.version_info < (3, 12):
@@ -83,6 +90,8 @@ IN_THE_AMBIENT_LOOP = {
     "test_exception",
     "test_future_iter_throw",
     "test_future_stop_iteration_args",
+    "test_futureiter_send_after_close_no_crash",
+    "test_futureiter_send_after_throw_no_crash",
     "test_iter",
     "test_result",
     "test_uninitialized",

@@ -984,6 +984,9 @@ def test_the_iterator_of_an_await_takes_send() -> None:
             iterator.send(None)
         assert caught.value.value == 42
         iterator.close()
+        with pytest.raises(StopIteration) as caught:
+            iterator.send(None)
+        assert caught.value.value is None
 
     driven(main)
 
@@ -996,6 +999,8 @@ def test_the_iterator_of_an_await_takes_throw(arguments: tuple[Any, ...]) -> Non
         iterator.send(None)
         with pytest.raises(KeyError):
             iterator.throw(*arguments)
+        with pytest.raises(StopIteration):
+            iterator.send(None)
         assert not unfuture.done()
 
     driven(main)

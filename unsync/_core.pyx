@@ -948,6 +948,7 @@ cdef class _Park(_Item):
 
     cdef public bint _asyncio_future_blocking
     cdef bint begun
+    cdef bint ended
     cdef Unfuture unfuture
     cdef object loop
     cdef Mailbox mailbox
@@ -979,13 +980,17 @@ cdef class _Park(_Item):
 
     def send(self, value):
         """As asyncio's: for those who drive a coroutine by hand."""
+        if self.ended:
+            raise StopIteration
         return self.__next__()
 
     def throw(self, kind, value=None, traceback=None):
-        raise thrown(kind, value, traceback)
+        exc = thrown(kind, value, traceback)
+        self.ended = True
+        raise exc
 
     def close(self):
-        pass
+        self.ended = True
 
     # What a task asks of the future that it is parked on.
 

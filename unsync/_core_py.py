@@ -582,6 +582,7 @@ class _Park(_Waiter):
         "_asyncio_future_blocking",
         "_begun",
         "_context",
+        "_ended",
         "_loop",
         "_mailbox",
         "_unfuture",
@@ -591,7 +592,7 @@ class _Park(_Waiter):
     def __init__(self, unfuture: Unfuture[Any]) -> None:
         self._next = None
         self._unfuture = unfuture
-        self._begun = False
+        self._begun = self._ended = False
         self._asyncio_future_blocking = False
 
     def __iter__(self) -> _Park:
@@ -610,17 +611,23 @@ class _Park(_Waiter):
 
     def send(self, value: object) -> _Park:
         """As asyncio's: for those who drive a coroutine by hand."""
+        if self._ended:
+            raise StopIteration
         try:
             return self.__next__()
         finally:
             del self
 
     def throw(self, kind: object, value: object = None, traceback: object = None) -> NoReturn:
-        del self  # the traceback holds this frame
-        raise thrown(kind, value, traceback)
+        exc = thrown(kind, value, traceback)
+        self._ended = True
+        try:
+            raise exc
+        finally:
+            del self, exc  # the traceback holds this frame
 
     def close(self) -> None:
-        pass
+        self._ended = True
 
     def _must_wait(self) -> bool:
         if self._begun:
