@@ -66,14 +66,17 @@ DIFFERENCES = {
     "AsyncioFutureTests.test_wrap_future_use_running_loop": WRAP,
     "AsyncioFutureTests.test_wrap_future_without_loop": WRAP,
     "AsyncioFutureTests.test_yield_from_twice": PARKED,
-    "AsyncioFutureDoneCallbackTests.test_evil_call_soon_list_mutation": LOOP,
-    "AsyncioFutureDoneCallbackTests.test_use_after_free_on_fut_callback_0_with_evil__eq__": CALLABLE,
-    "AsyncioFutureDoneCallbackTests"
-    ".test_use_after_free_on_fut_callback_0_with_evil__getattribute__": LOOP,
-    "AsyncioFutureDoneCallbackTests"
-    ".test_use_after_free_on_fut_context_0_with_evil__getattribute__": LOOP,
 }
 
+DIFFERENCES |= {
+    f"AsyncioFutureDoneCallbackTests.test_{name}": reason
+    for name, reason in {
+        "evil_call_soon_list_mutation": LOOP,
+        "use_after_free_on_fut_callback_0_with_evil__eq__": CALLABLE,
+        "use_after_free_on_fut_callback_0_with_evil__getattribute__": LOOP,
+        "use_after_free_on_fut_context_0_with_evil__getattribute__": LOOP,
+    }.items()
+}
 if sys.version_info < (3, 12):
     DIFFERENCES["AsyncioFutureTests.test_exception"] = STOP
 
