@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Coroutine
-from types import GeneratorType
+from types import CoroutineType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -228,8 +228,16 @@ def outcome_of_asyncio(future: asyncio.Future[Any]) -> tuple[int, Any]:
     return FINISHED, future.result()
 
 
+# These always have a name.
+_NAMED = {CoroutineType, FunctionType}
+
+
 def name_of(thing: object) -> str:
     """The qualified name of a function, of a coroutine, or of a task's coroutine."""
+    if type(thing) is asyncio.Task:
+        thing = thing.get_coro()
+    if type(thing) in _NAMED:
+        return cast("FunctionType", thing).__qualname__
     try:
         while isinstance(thing, functools.partial):
             thing = thing.func

@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from time import monotonic
@@ -416,6 +417,8 @@ def _check_read_ahead(read_ahead: object) -> None:
 
 def _is_kind(is_kind: Callable[[object], bool], function: Callable[..., Any]) -> bool:
     function = _below_partials(function)
+    if isinstance(function, types.FunctionType):
+        return is_kind(function)
     return is_kind(function) or is_kind(getattr(type(function), "__call__", None))  # noqa: B004
 
 
