@@ -1,15 +1,19 @@
 """Take a census of the Python files in a folder: how long, how nested, how branchy they are.
 
-    python examples/census.py [FOLDER] [--database FILE] [--limit N]
+    python examples/census.py [FOLDER] [--engine ENGINE] [--database FILE] [--limit N]
 
 This is unsync at work on a whole job. Files are read in threads, parsed and measured in other
 processes, and a coroutine gathers the results; `read`, `measure` and `count` are all there is to
 it. The plain sequential loop then does the same work, to check the rows and to compare the time.
 
+The same three functions run on a cluster of machines as well: `--engine` says where files are
+measured, in `processes` (the default), in `threads`, in the processes of `loky`, or on a Dask
+cluster, at an address (`dask=tcp://127.0.0.1:8786`) or one started here for the while (`dask`).
+
 Without FOLDER, the standard library of the running Python is counted. The rows go into an SQLite
 database, one for each file; a new census of a folder replaces the one before. What cannot be read
 or parsed is counted and named. The exit status is 0; 1 if the two ways disagree; 2 if there is
-nothing to count or nowhere to store it; 130 after Ctrl-C.
+nothing to count, nowhere to store it or no such engine; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import atexit
+import importlib.util
 import io
 import os
 import shutil
@@ -30,7 +36,7 @@ import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +123,41 @@ async def count(folder: Path, names: Sequence[str], progress: Progress) -> list[
     return [row for rows in parts for row in rows]
 
 
-def start_processes() -> None:
+# Where files are measured: nothing else in this program knows of it.
+# Each engine comes with a package.
+
+ENGINES = {"threads": "unsync", "processes": "unsync", "loky": "loky", "dask": "distributed"}
+
+
+def start_engine(engine: str) -> Executor:
+    """Start what runs the functions marked `cpu_bound`; it ends with this program.
+
+    Raises OSError or ValueError if there is no cluster at the address.
+    """
+    name, _, address = engine.partition("=")
+    if name == "threads":
+        return unsync.thread_executor
+    if name == "processes":
+        return start_processes()
+    if name == "loky":
+        import loky
+
+        pool: Executor = loky.get_reusable_executor(initializer=prepare_process)
+        return pool
+    from distributed import Client
+
+    if address:
+        client = Client(address, timeout=10)
+    else:
+        client = Client(threads_per_worker=1, dashboard_address=None)
+        client.run(prepare_process)
+    atexit.register(client.close)  # left to itself, Dask ends with warnings
+    # Each call is a call, even if there was one like it.
+    cluster: Executor = client.get_executor(pure=False)
+    return cluster
+
+
+def start_processes() -> Executor:
     """Start the processes that measure, deaf to Ctrl-C: it is for this process to react to it.
 
     Raises KeyboardInterrupt, if it must, only when they have started.
@@ -125,15 +165,18 @@ def start_processes() -> None:
     interrupts: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:
-        executor = ProcessPoolExecutor(
-            initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-        )
-        unsync.process_executor = executor
+        executor = ProcessPoolExecutor(initializer=prepare_process)
         wait([executor.submit(int) for _ in range(os.cpu_count() or 1)])  # so they start now
     finally:
         signal.signal(signal.SIGINT, handler)
         if interrupts:
             raise KeyboardInterrupt
+    return executor
+
+
+def prepare_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_style()
 
 
 # Without: the plain loop.
@@ -197,12 +240,10 @@ def measure_file(source: Source) -> Row:
     if source.problem is not None:
         return Row(path, package, source.problem)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the style of other people's code is their affair
-            text = decode(source.data)
-            nodes = Counter(map(type, ast.walk(ast.parse(text))))
-            lines = io.StringIO(text).readlines()
-            code_lines, comment_lines, nesting = measure_layout(lines)
+        text = decode(source.data)
+        nodes = Counter(map(type, ast.walk(ast.parse(text))))
+        lines = io.StringIO(text).readlines()
+        code_lines, comment_lines, nesting = measure_layout(lines)
     except PROBLEMS as error:
         return Row(path, package, describe(error))
     return Row(
@@ -218,6 +259,11 @@ def measure_file(source: Source) -> Row:
         nesting=nesting,
         complexity=1 + sum(nodes[branch] for branch in BRANCHES),
     )
+
+
+def ignore_style() -> None:
+    """Say nothing about the style of other people's code, in any thread of this process."""
+    warnings.filterwarnings("ignore", module="<unknown>")  # as `ast.parse` calls what it parses
 
 
 def decode(data: bytes) -> str:
@@ -367,10 +413,11 @@ def report(message: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Take a census and return the exit status."""
     options = parse(arguments)
+    ignore_style()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file may have any name
     try:
-        return run(options.folder, options.database, options.limit)
+        return run(options.folder, options.database, options.limit, options.engine)
     except KeyboardInterrupt:
         unsync.shutdown()  # cancels the coroutine, and with it all that it waits for
         report("interrupted")
@@ -383,6 +430,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError("must be at least 1")
         return int(text)
 
+    def engine(text: str) -> str:
+        name = "dask" if text.startswith("dask=") else text
+        if name not in ENGINES:
+            known = ", ".join(ENGINES)
+            raise argparse.ArgumentTypeError(f"no engine {text!r}; there are {known}, dask=ADDRESS")
+        package = ENGINES[name]
+        if importlib.util.find_spec(package) is None:
+            raise argparse.ArgumentTypeError(f"{name} needs another package: pip install {package}")
+        return text
+
     parser = argparse.ArgumentParser(description="Take a census of the Python files in a folder.")
     parser.add_argument("folder", nargs="?", help="default: Python's own standard library")
     parser.add_argument(
@@ -391,11 +448,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=os.path.join(tempfile.gettempdir(), "unsync-census.sqlite3"),
         help="where the rows go (default: %(default)s)",
     )
+    parser.add_argument(
+        "--engine",
+        type=engine,
+        default="processes",
+        help=f"where to measure: {', '.join(ENGINES)} or dask=ADDRESS (default: %(default)s)",
+    )
     parser.add_argument("--limit", metavar="N", type=positive, help="count only N files")
     return parser.parse_args(arguments)
 
 
-def run(folder: str | None, database_file: str, limit: int | None) -> int:
+def run(folder: str | None, database_file: str, limit: int | None, engine: str) -> int:
     skip: Sequence[str] = ()
     if folder is None:
         folder = sysconfig.get_path("stdlib")
@@ -411,18 +474,26 @@ def run(folder: str | None, database_file: str, limit: int | None) -> int:
     try:
         with closing(sqlite3.connect(database_file)) as database:
             database.execute(CREATE)
-            return take_census(root, names, database, database_file)
+            return take_census(root, names, database, database_file, engine)
     except sqlite3.Error as error:
         report(f"cannot use the database {database_file}: {error}")
         return 2
 
 
 def take_census(
-    root: Path, names: Sequence[str], database: sqlite3.Connection, database_file: str
+    root: Path,
+    names: Sequence[str],
+    database: sqlite3.Connection,
+    database_file: str,
+    engine: str,
 ) -> int:
     """Count with unsync, store and print; then count in a loop and compare."""
     start = time.perf_counter()
-    start_processes()
+    try:
+        unsync.process_executor = start_engine(engine)
+    except (OSError, ValueError) as error:
+        report(f"cannot start the engine {engine}: {describe(error)}")
+        return 2
     with Progress("with unsync", len(names)) as progress:
         task = count(root, names, progress)
         while not task.done():  # an endless wait may miss Ctrl-C, on Windows for one
@@ -455,7 +526,7 @@ def take_census(
         return 1
     print(f"Both gave the same rows; unsync was {loop_seconds / seconds:.2f} times as fast.")
     if seconds > loop_seconds:
-        print("That is slower: to start processes and send them the files cost more than it saved.")
+        print("That is slower: to start the engine and use it cost more than it saved.")
     return 0
 
 

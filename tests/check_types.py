@@ -37,6 +37,11 @@ def in_process(x: float) -> float:
     return x
 
 
+@unsync(executor=concurrent.futures.ThreadPoolExecutor)
+def in_given_executor(x: float) -> bytes:
+    return str(x).encode()
+
+
 @unsync(executor=concurrent.futures.ThreadPoolExecutor())
 def in_executor(x: float) -> bytes:
     return bytes(int(x))
@@ -81,6 +86,8 @@ assert_type(coroutine(1, y=""), Unfuture[str])
 assert_type(function(1, b"", y=""), Unfuture[list[int]])
 assert_type(in_process(1.0), Unfuture[float])
 assert_type(in_executor(1.0), Unfuture[bytes])
+assert_type(in_given_executor(1.0), Unfuture[bytes])
+assert_type(unsync.thread_executor, concurrent.futures.Executor)
 assert_type(with_parentheses(1), Unfuture[None])
 assert_type(agen(1), Stream[str])
 assert_type(agen_with_option(1), Stream[str])
@@ -279,12 +286,28 @@ with manager(1) as inside:
 
 assert_type(unsync.loop, asyncio.AbstractEventLoop)
 assert_type(unsync.shutdown(1), bool)
+assert_type(unsync.stats().coroutines.pending, int)
+assert_type(unsync.stats().loop_lag, float)
 unsync.loop_factory = asyncio.new_event_loop
 unsync.thread_executor = concurrent.futures.ThreadPoolExecutor(4)
+unsync.thread_executor = concurrent.futures.ThreadPoolExecutor
 unsync.thread_executor = None
+unsync.process_executor = lambda: concurrent.futures.ProcessPoolExecutor(2)
+unsync.process_executor = lambda: 4  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 unsync.process_executor = 4  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
 unsync.loop = asyncio.new_event_loop()  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
 anything: Any = unsync.process_executor
+
+
+# Fan-out.
+
+assert_type(unsync.calls(function, [1, 2]), list[Unfuture[list[int]]])
+assert_type(unsync.calls(service.coroutine, range(2), chunksize=2), list[Unfuture[str]])
+assert_type(unsync.map(in_process, [1.0]), Stream[float])
+assert_type(unsync.map(coroutine, [1], in_order=False, read_ahead=3), Stream[str])
+unsync.calls(function)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+unsync.calls(plain, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+unsync.map(gen, [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 # What says that it returns anything, or says nothing.

@@ -13,6 +13,8 @@ import pytest
 
 import unsync as package
 
+pytest.importorskip("tracemalloc", reason="the benchmarks ask CPython for memory")
+
 CHECKOUT = Path(__file__).parent.parent
 BENCH = CHECKOUT / "bench"
 OURS = "unsync" if package.ACCELERATED else "fallback"
@@ -66,6 +68,36 @@ def test_fairness_sees_timers_fire_in_the_burst() -> None:
     (result,) = run("fairness.py", OURS, "--calls", "20000")
     assert result["timers"] >= 1
     assert result["median"] <= result["p99"] <= result["most"]
+
+
+@pytest.mark.parametrize(
+    "way", ["bare_pool", "pool", "loky", "dask", "dask_scatter", "shared_memory"]
+)
+def test_large_data_is_measured_both_ways(way: str) -> None:
+    pytest.importorskip("numpy")
+    if package := {"loky": "loky", "dask": "distributed"}.get(way.partition("_")[0]):
+        pytest.importorskip(package)
+    (result,) = run("large_data.py", way, "--json", "--megabytes", "0.1", "--rounds", "1")
+    for kind in ("argument", "result"):
+        assert result[kind]["milliseconds"] > 0
+        assert result[kind]["megabytes_here"] >= 0
+
+
+def test_fan_out_has_a_figure_for_every_way_and_chunk() -> None:
+    place = str(Path(package.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "fan_out.py"), "--calls", "200", "--rounds", "1"],
+        env={**os.environ, "PYTHONPATH": place},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line]
+    assert len(table) == 2 * 8
+    for way, *cells in table:
+        if "`unsync." in way:
+            assert all(float(cell) > 0 for cell in cells), way
 
 
 def test_a_wrong_sum_is_not_timed() -> None:

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("conformance.py")
 
 
+@pytest.mark.alone  # in a process of its own it would only be slower, and CPython's tests are timed
 @pytest.mark.timeout(300)
 def test_cpythons_own_tests_pass_but_for_the_listed_differences() -> None:
     done = subprocess.run(

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, collect, wait_until
+from conftest import PATIENCE, collect, wait_until_gone
 
 from unsync import AmbientContextManager, Unfuture, unsync
 
@@ -334,8 +334,7 @@ def test_a_failure_leaves_no_reference_cycle() -> None:
     manager.error = None
     del manager
     # The worker that runs the host may hold them for a moment more.
-    wait_until(lambda: reference() is None, "the manager's end")
-    wait_until(lambda: error() is None, "the failure's end")
+    wait_until_gone(reference, error)
 
 
 # Cancelling.
@@ -531,6 +530,7 @@ def test_who_is_cancelled_while_the_manager_enters_all_the_same_has_it_left() ->
     assert isinstance(manager.error, asyncio.CancelledError)
 
 
+@pytest.mark.alone
 def test_a_shutdown_ends_a_body_in_a_loop() -> None:
     manager = Note()
     inside = threading.Event()

@@ -585,7 +585,8 @@ def test_a_call_takes_and_gives_back_its_references(mark: Callable[[], Any]) -> 
 
     def given_back() -> bool:
         collect()
-        return references() == before
+        # When the first was over, another thread may have held one for a moment more.
+        return all(now <= then for now, then in zip(references(), before, strict=True))
 
     call()
     collect()
@@ -596,7 +597,8 @@ def test_a_call_takes_and_gives_back_its_references(mark: Callable[[], Any]) -> 
 
 
 @pytest.mark.parametrize("setting", ["executor", "thread_executor", "process_executor"])
-def test_an_executor_hears_of_no_keywords_if_there_are_none(fresh: None, setting: str) -> None:
+def test_an_executor_hears_of_no_keywords(fresh: None, setting: str) -> None:
+    """Some would take them for their own: Dask's has `key` and `priority`."""
     executor = Inline()
     if setting == "executor":
         marked = unsync(arguments, executor=executor)
@@ -606,7 +608,7 @@ def test_an_executor_hears_of_no_keywords_if_there_are_none(fresh: None, setting
     assert marked().result(PATIENCE) == ((), [])
     assert marked(1).result(PATIENCE) == ((1,), [])
     assert marked(1, a=2).result(PATIENCE) == ((1,), [("a", 2)])
-    assert executor.calls == [((), {}), ((1,), {}), ((1,), {"a": 2})]
+    assert executor.calls == [((), {}), ((1,), {}), ((1,), {})]
 
 
 # Subclasses.
@@ -726,7 +728,7 @@ def test_what_is_not_callable_is_a_type_error_that_names_it(thing: Any) -> None:
         assert name in str(info.value) or repr(thing) in str(info.value)
 
 
-@pytest.mark.parametrize("executor", [5, ThreadPoolExecutor, where])
+@pytest.mark.parametrize("executor", [5, "threads", []])
 def test_what_is_no_executor_is_a_type_error_that_names_it(executor: Any) -> None:
     with pytest.raises(TypeError, match="executor") as info:
         unsync(executor=executor)(where)

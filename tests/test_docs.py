@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import http.client
+import importlib.util
+import json
 import re
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The marks of blocks that are not run as programs by themselves, but by a test of their own.
+HAS_ITS_TEST = ("# service.py\n", "# test_")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def blocks() -> list[object]:
     found = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in PAGES:
         for number, code in enumerate(BLOCK.findall(page.read_text())):
-            found.append(pytest.param(code, id=f"{page.name}-{number}"))
+            if not code.startswith(HAS_ITS_TEST):
+                found.append(pytest.param(code, id=f"{page.name}-{number}"))
     return found
 
 
 @pytest.mark.parametrize("code", blocks())
-def test_what_is_shown_runs(run_python: Run, code: str) -> None:
-    run = run_python(code)
+def test_what_is_shown_runs(run_python: Run, tmp_path: Path, code: str) -> None:
+    # Some interpreters lack some of the companions.
+    for name in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    run = run_python(code, env={"IPYTHONDIR": str(tmp_path)})
     assert (run.returncode, run.stderr) == (0, "")
 
 
@@ -49,9 +64,84 @@ def test_the_commands_in_the_readme_exist() -> None:
 
 
 def test_the_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+# How each command that is shown is run.
+COMMANDS = {
+    "pip install .": "by tests/test_packaging.py, which builds and installs",
+    "python -m unsync": "by tests/test_main.py",
+    "python -m unsync --json": "by tests/test_main.py",
+    "python service.py 8000": "by test_the_tutorial_s_service_answers_and_stops",
+    "curl http://127.0.0.1:8000/apple": "by test_the_tutorial_s_service_answers_and_stops",
+}
+
+
+def test_each_command_that_is_shown_is_known() -> None:
+    shown = {
+        line
+        for page in PAGES
+        for block in SHELL.findall(page.read_text())
+        for line in block.splitlines()
+    }
+    assert shown == set(COMMANDS)
+
+
+def test_the_tests_that_are_shown_pass(tmp_path: Path) -> None:
+    for name in ("anyio", "hypothesis", "pytest_asyncio"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    shown = [
+        block
+        for block in BLOCK.findall((ROOT / "docs" / "how-to" / "testing.md").read_text())
+        if block.startswith("# test_")
+    ]
+    assert len(shown) == 4
+    for block in shown:
+        (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.", "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "4 passed" in run.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+def test_the_tutorial_s_service_answers_and_stops(tmp_path: Path) -> None:
+    (code,) = [
+        block
+        for block in BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text())
+        if block.startswith("# service.py\n")
+    ]
+    (tmp_path / "service.py").write_text(code)
+    with subprocess.Popen(
+        [sys.executable, "service.py", "0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as service:
+        try:
+            assert service.stdout is not None
+            port = int(service.stdout.readline().rpartition(":")[2])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection.request("GET", "/apple")
+            answer = connection.getresponse()
+            assert answer.status == 200
+            assert json.load(answer) == {"name": "apple", "price": 5, "stock": 50}
+            connection.close()
+            service.send_signal(signal.SIGTERM)
+            stdout, stderr = service.communicate(timeout=PATIENCE)
+        finally:
+            service.kill()
+    assert (service.returncode, stdout) == (0, "stopped\n")
+    assert '"GET /apple HTTP/1.1" 200' in stderr
 
 
 def test_each_room_of_the_house_is_in_the_architecture_s_table() -> None:

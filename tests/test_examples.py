@@ -77,6 +77,13 @@ def test_preserving_typing(tmp_path: Path) -> None:
     assert output_of("preserving_typing.py", tmp_path) == ["ba", "2"]
 
 
+def test_progress(tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    bar, result = output_of("progress.py", tmp_path)
+    assert re.match(r"Counting primes \S+ 100% ", bar)
+    assert result == "There are 2262 primes below 20000"
+
+
 def test_cpu_bound(tmp_path: Path) -> None:
     asked, *found, executed = output_of("cpu_bound.py", tmp_path)
     asker = re.fullmatch(r"Process (\d+) asked", asked)
@@ -91,8 +98,26 @@ def test_cpu_bound(tmp_path: Path) -> None:
     assert re.fullmatch(EXECUTED, executed)
 
 
+@pytest.mark.parametrize(
+    ("engine", "place"), [("threads", "this process"), ("processes", "others")]
+)
+def test_cluster(engine: str, place: str, tmp_path: Path) -> None:
+    done = python(EXAMPLES / "cluster.py", engine, cwd=tmp_path)
+    check_cluster(done, place)
+
+
+def check_cluster(done: subprocess.CompletedProcess[str], place: str) -> None:
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [f"20 calls in {place}", "Pi is about 3.14327"]
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_importing_an_example_does_nothing(name: str, tmp_path: Path) -> None:
+    if name.startswith("metrics"):
+        pytest.importorskip("prometheus_client")
+        pytest.importorskip("opentelemetry.sdk")
+    if name == "progress":
+        pytest.importorskip("rich")
     code = (
         f"import threading, multiprocessing, {name}\n"
         f"assert callable({name}.main)\n"
@@ -294,6 +319,63 @@ def test_census_under_every_start_method(
     assert "Traceback" not in done.stderr
     assert (tmp_path / "method").read_text() == method
     check_rows(rows_in(database, tree))
+
+
+@pytest.mark.parametrize("engine", ["threads", "processes", "loky", "dask"])
+def test_census_gives_the_same_rows_on_every_engine(
+    engine: str, tree: Path, database: Path, tmp_path: Path
+) -> None:
+    if package := {"loky": "loky", "dask": "distributed"}.get(engine):
+        pytest.importorskip(package)
+    done = census(tree, "--engine", engine, "--database", database, cwd=tmp_path)
+    check_census_on_an_engine(done, database, tree)
+
+
+def check_census_on_an_engine(
+    done: subprocess.CompletedProcess[str], database: Path, tree: Path
+) -> None:
+    assert done.returncode == 0, done.stderr
+    assert "Both gave the same rows" in done.stdout
+    check_rows(rows_in(database, tree))
+    assert [line for line in done.stderr.splitlines() if not line.endswith(" of 8 files")] == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "package"), [("loky", "loky"), ("dask", "distributed"), ("dask=x", "distributed")]
+)
+def test_census_says_which_package_an_engine_needs(
+    engine: str, package: str, tree: Path, database: Path, tmp_path: Path
+) -> None:
+    # Stand in for an environment without it.
+    hide = (
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        f"util.find_spec = lambda name: None if name == {package!r} else find(name)\n"
+    )
+    make_tree(tmp_path / "startup", {"sitecustomize.py": hide.encode()})
+    env = environment(PYTHONPATH=str(tmp_path / "startup"))
+    done = census(tree, "--engine", engine, "--database", database, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        f"{engine[:4]} needs another package: pip install {package}"
+    )
+    assert not database.exists()
+
+
+def test_census_says_which_engines_there_are(tree: Path, database: Path, tmp_path: Path) -> None:
+    for engine in ("steam", "", "loky=tcp://127.0.0.1:1"):
+        done = census(tree, "--engine", engine, "--database", database, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].endswith(
+            f"no engine {engine!r}; there are threads, processes, loky, dask, dask=ADDRESS"
+        )
+
+
+def test_census_says_when_there_is_no_cluster(tree: Path, database: Path, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    done = census(tree, "--engine", "dask=odd://x", "--database", database, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "census.py: cannot start the engine dask=odd://x: ValueError: unknown" in done.stderr
 
 
 def test_a_second_census_replaces_the_first(tree: Path, database: Path, tmp_path: Path) -> None:
@@ -532,3 +614,41 @@ def test_ctrl_c_ends_the_census(method: str, database: Path, tmp_path: Path) -> 
     assert stderr.splitlines()[-1] == "census.py: interrupted"
     assert "Traceback" not in stderr
     assert rows_in(database, tree) == {}
+
+
+def metrics(lines: list[str]) -> dict[str, float]:
+    numbers = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(number) for name, _, number in numbers}
+
+
+def check_metrics(found: dict[str, float], finished: str, failed: str, pending: str) -> None:
+    # The last of the ten may have told its caller, and not be counted yet.
+    assert found[finished] == 5
+    assert found[failed] + found[pending] == 5
+    assert found[pending] <= 1
+
+
+def test_metrics_prometheus(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    found = metrics(output_of("metrics_prometheus.py", tmp_path))
+    check_metrics(
+        found,
+        'unsync_calls_total{end="finished",way="coroutines"}',
+        'unsync_calls_total{end="failed",way="coroutines"}',
+        'unsync_calls_pending{way="coroutines"}',
+    )
+    assert found["unsync_wakeups_total"] >= 1
+    assert found["unsync_wakeups_total"] + found["unsync_wakeups_saved_total"] == 10
+    assert 0 <= found["unsync_loop_lag_seconds"] < 60
+
+
+def test_metrics_opentelemetry(tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.sdk.metrics")
+    found = metrics(output_of("metrics_opentelemetry.py", tmp_path))
+    check_metrics(
+        found,
+        "unsync.calls {'unsync.way': 'coroutines', 'unsync.end': 'finished'}",
+        "unsync.calls {'unsync.way': 'coroutines', 'unsync.end': 'failed'}",
+        "unsync.calls.pending {'unsync.way': 'coroutines'}",
+    )
+    assert found["unsync.wakeups {}"] + found["unsync.wakeups_saved {}"] == 10

@@ -25,6 +25,8 @@ from unsync import Unfuture, unsync
 
 InThread = Callable[[Callable[[], object]], threading.Thread]
 
+pytestmark = pytest.mark.alone  # they count what happens in the ambient loop
+
 
 class CountingLoop(asyncio.SelectorEventLoop):
     """Counts how often other threads woke it in asyncio's own way, the only one that it knows."""

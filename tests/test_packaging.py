@@ -25,9 +25,14 @@ import pytest
 
 import unsync as package
 
+pytestmark = pytest.mark.alone  # the builds are shared
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
 SOURCES += [f"unsync/{pattern}" for pattern in ("*.py", "*.pyx", "*.pxd", "py.typed")]
+
+# The one place that has it.
+(VERSION,) = re.findall(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"))
 
 # A build that takes longer hangs.
 BUILD_SECONDS = 100
@@ -155,14 +160,14 @@ def use_folder(folder: Path, **env: str) -> list[object]:
     return answer
 
 
-WORKS = ["2.0.0.dev0", [1, 2]]
+WORKS = [VERSION, [1, 2]]
 
 
 @builds
 def test_the_source_distribution_has_what_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as tar:
         found = {name.partition("/")[2] for name in tar.getnames()}
-    assert sdist.name == "unsync-2.0.0.dev0.tar.gz"
+    assert sdist.name == f"unsync-{VERSION}.tar.gz"
     expected = {str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern)}
     assert "unsync/_core.pyx" in expected
     assert expected <= found
@@ -208,7 +213,7 @@ def test_an_extension_that_does_not_load_is_a_fault_to_see(compiled: Path, tmp_p
 
 @builds
 def test_the_pure_wheel_is_pure(pure: Path) -> None:
-    assert pure.name == "unsync-2.0.0.dev0-py3-none-any.whl"
+    assert pure.name == f"unsync-{VERSION}-py3-none-any.whl"
     assert metadata(pure, "WHEEL")["Root-Is-Purelib"] == "true"
     assert extensions(pure) == []
 
@@ -225,8 +230,8 @@ def test_a_wheel_has_every_module_the_types_and_the_license(
 ) -> None:
     found = set(names(request.getfixturevalue(kind)))
     assert {f"unsync/{path.name}" for path in (ROOT / "unsync").glob("*.py")} <= found
-    assert {"unsync/py.typed", "unsync-2.0.0.dev0.dist-info/licenses/LICENSE"} <= found
-    assert {name.partition("/")[0] for name in found} == {"unsync", "unsync-2.0.0.dev0.dist-info"}
+    assert {"unsync/py.typed", f"unsync-{VERSION}.dist-info/licenses/LICENSE"} <= found
+    assert {name.partition("/")[0] for name in found} == {"unsync", f"unsync-{VERSION}.dist-info"}
 
 
 @builds
@@ -234,11 +239,12 @@ def test_a_wheel_has_every_module_the_types_and_the_license(
 def test_the_metadata(kind: str, request: pytest.FixtureRequest) -> None:
     found = metadata(request.getfixturevalue(kind))
     assert found["Name"] == "unsync"
-    assert found["Version"] == "2.0.0.dev0"
+    assert found["Version"] == VERSION
     assert found["Requires-Python"] == ">=3.10"
     assert found["License-Expression"] == "MIT"
     assert found["License-File"] == "LICENSE"
-    assert found.get_all("Requires-Dist") is None
+    # Nothing is needed; what is wanted for more has a name.
+    assert found.get_all("Requires-Dist") == ['cloudpickle>=3; extra == "cloudpickle"']
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +286,7 @@ def test_without_a_working_compiler_the_wheel_says_that_it_is_pure(
     without_compiler: tuple[str, Path],
 ) -> None:
     _, wheel = without_compiler
-    assert wheel.name == "unsync-2.0.0.dev0-py3-none-any.whl"
+    assert wheel.name == f"unsync-{VERSION}-py3-none-any.whl"
 
 
 # What an import does.
@@ -304,7 +310,9 @@ def test_importing_starts_no_thread() -> None:
     assert import_it("[thread.name for thread in threading.enumerate()]") == ["MainThread"]
 
 
-@pytest.mark.parametrize("module", ["multiprocessing", "importlib.metadata", "uvloop"])
+@pytest.mark.parametrize(
+    "module", ["multiprocessing", "importlib.metadata", "uvloop", "cloudpickle"]
+)
 def test_importing_does_not_load(module: str) -> None:
     assert import_it(f"{module!r} in sys.modules") is False
 

@@ -1,4 +1,7 @@
-"""Functions marked `cpu_bound`: how they get into another process, and what comes back."""
+"""Functions marked `cpu_bound`: how they get into another process, and what comes back.
+
+Here cpu_bound functions do without cloudpickle; test_travelling.py has what it adds.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from conftest import PATIENCE, wait_until
+from conftest import PATIENCE, WITH_GIL, wait_until
 
-from unsync import CancelledError, Unfuture, unsync
+from unsync import CancelledError, Unfuture, executors, unsync
 
 START_METHODS = multiprocessing.get_all_start_methods()
 
@@ -30,28 +35,7 @@ NO_FORK_WARNING = ("-W", "ignore:This process:DeprecationWarning")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
-
-@pytest.fixture(scope="module")
-def spawned() -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """One pool for the tests that do not care how it was made."""
-    context = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
-    yield executor
-    executor.shutdown(wait=False, cancel_futures=True)
-    try:
-        wait_until(lambda: not multiprocessing.active_children(), "the end of the worker")
-    finally:
-        for process in multiprocessing.active_children():
-            process.kill()
-
-
-@pytest.fixture
-def pool(
-    spawned: concurrent.futures.ProcessPoolExecutor,
-) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    unsync.process_executor = spawned
-    yield spawned
-    unsync.process_executor = None
+pytestmark = pytest.mark.usefixtures("without_cloudpickle")
 
 
 def plain(x: int) -> tuple[int, int]:
@@ -87,6 +71,50 @@ def look_at(unfuture: Unfuture[int]) -> tuple[str, bool, int, int]:
 @unsync(cpu_bound=True)
 def give_lambda() -> Callable[[], None]:
     return lambda: None
+
+
+class BadError(Exception):
+    pass
+
+
+class OddlyMadeError(Exception):
+    """As many are: it pickles, but not back."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+class Odd:
+    """Does not unpickle."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __setstate__(self, state: dict[str, str]) -> NoReturn:
+        raise ValueError(f"a broken {state['what']}")
+
+
+@unsync(cpu_bound=True)
+def give_bad_error(kind: str) -> NoReturn:
+    if kind == "unmade":
+        raise OddlyMadeError("bad", "worse")
+    raise BadError(threading.Lock())
+
+
+class Block:
+    """Gives pickle its data as arrays do: as a buffer, where the protocol has such a thing."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = bytearray(data)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Block, (pickle.PickleBuffer(self.data) if protocol >= 5 else bytes(self.data),)
+
+
+@unsync(cpu_bound=True)
+def double_block(block: Block) -> Block:
+    block.data *= 2
+    return block
 
 
 @unsync(cpu_bound=True)
@@ -125,6 +153,17 @@ def test_arguments_and_result_travel() -> None:
 
 
 @pytest.mark.usefixtures("pool")
+def test_large_buffers_travel_and_can_be_written_to() -> None:
+    block = Block(b"abc")
+    call = double_block(block)
+    block.data[0:1] = b"x"
+    result = call.result(PATIENCE)
+    assert result.data == b"abcabc"
+    result.data[0:1] = b"y"
+    assert result.data == b"ybcabc"
+
+
+@pytest.mark.usefixtures("pool")
 def test_an_exception_comes_back_with_type_message_and_attributes() -> None:
     exc = fail(3).exception(PATIENCE)
     assert type(exc) is OddError
@@ -133,18 +172,76 @@ def test_an_exception_comes_back_with_type_message_and_attributes() -> None:
     assert "in fail" in str(exc.__cause__)  # the worker's traceback
 
 
+CANNOT_TRAVEL: dict[str, tuple[Callable[[], Unfuture[Any]], type[Exception], str]] = {
+    "argument": (
+        lambda: square(lambda: None),
+        pickle.PicklingError,
+        "argument 1 of square, of type function, cannot go to another process: .*lambda",
+    ),
+    "argument by name": (
+        lambda: square(1, offset=threading.Lock()),  # type: ignore[arg-type]
+        pickle.PicklingError,
+        "the argument 'offset' of square, of type lock, cannot go to another process: .*lock",
+    ),
+    "function": (
+        lambda: unsync(functools.partial(pow, threading.Lock()), cpu_bound=True)(1),
+        pickle.PicklingError,
+        "the function pow cannot go to another process: .*lock",
+    ),
+    "argument that does not unpickle": (
+        lambda: square(Odd("argument")),  # type: ignore[arg-type]
+        pickle.UnpicklingError,
+        r"the arguments of square cannot be unpickled in process \d+: a broken argument",
+    ),
+    "result": (
+        lambda: give_lambda(),
+        pickle.PicklingError,
+        "the result of give_lambda, of type function, cannot come back from another process: .*lam",
+    ),
+    "exception": (
+        lambda: give_bad_error("unpicklable"),
+        pickle.PicklingError,
+        r"give_bad_error raised BadError\(.*\), which cannot come back from .*: .*lock",
+    ),
+    "exception that does not unpickle": (
+        lambda: give_bad_error("unmade"),
+        pickle.PicklingError,
+        r"give_bad_error raised OddlyMadeError\('bad'\), which cannot come back .*: .*missing 1",
+    ),
+}
+
+
 @pytest.mark.usefixtures("pool")
-def test_what_does_not_pickle_is_an_error_for_its_caller_alone() -> None:
-    expected = (AttributeError, pickle.PicklingError, TypeError)
-    assert isinstance(give_lambda().exception(PATIENCE), expected)
-    assert isinstance(square(lambda: None).exception(PATIENCE), expected)
-    assert square(3).result(PATIENCE) == 9
+@pytest.mark.parametrize("what", CANNOT_TRAVEL)
+def test_what_cannot_travel_is_an_error_that_names_it_for_its_caller_alone(what: str) -> None:
+    call, kind, message = CANNOT_TRAVEL[what]
+    others = [square(number) for number in range(5)]
+    failed = call()
+    others += [square(number) for number in range(5, 10)]
+    with pytest.raises(kind, match=message):
+        failed.result(PATIENCE)
+    assert [other.result(PATIENCE) for other in others] == [n * n for n in range(10)]
+
+
+@pytest.mark.usefixtures("pool")
+def test_an_error_about_travelling_shows_where_it_was_raised() -> None:
+    shown = str(give_bad_error("unmade").exception(PATIENCE).__cause__)  # type: ignore[union-attr]
+    assert "in give_bad_error" in shown
+    assert "OddlyMadeError: bad" in shown
+
+
+@pytest.mark.usefixtures("pool")
+def test_arguments_are_those_of_the_moment_of_the_call() -> None:
+    values = [3, 1, 2]
+    call = unsync(sorted, cpu_bound=True)(values)
+    values.append(0)
+    assert call.result(PATIENCE) == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("pool")
 def test_a_pending_unfuture_as_argument_is_refused_clearly() -> None:
     pending: Unfuture[int] = Unfuture()
-    with pytest.raises(TypeError, match="no outcome yet"):
+    with pytest.raises(pickle.PicklingError, match=r"argument 1 of look_at.*no outcome yet"):
         look_at(pending).result(PATIENCE)
 
 
@@ -472,6 +569,7 @@ def test_the_call_says_what_cannot_go_and_why_and_what_to_do(
     assert f"cannot send the function '{name}' to another process" in message
     assert why in message
     assert "Define it at the top level of a module" in message
+    assert "pip install 'unsync[cloudpickle]'" in message
     assert "leave cpu_bound=True away" in message
 
 
@@ -521,9 +619,10 @@ def test_what_only_the_guard_defines_is_a_clear_error_and_the_pool_goes_on(
 
 def test_what_was_typed_at_a_prompt_is_a_clear_error() -> None:
     program = """
-    import multiprocessing, math
+    import multiprocessing, math, sys
     from unsync import unsync
 
+    sys.modules["cloudpickle"] = None
     multiprocessing.set_start_method("spawn")
     typed = unsync(cpu_bound=True)(exec("def typed(): return 1") or typed)
     print(repr(typed().exception(20)))
@@ -538,35 +637,9 @@ def test_what_was_typed_at_a_prompt_is_a_clear_error() -> None:
     assert done.stderr == ""
     error, result = done.stdout.splitlines()
     assert "cannot find the function 'typed'" in error
-    assert "not typed in at a prompt" in error
+    assert "typed in at a prompt" in error
+    assert "pip install 'unsync[cloudpickle]'" in error
     assert result == "6"
-
-
-def test_a_missing_guard_ends_with_an_error_and_no_storm_of_processes(
-    run_python: Run, tmp_path: Path
-) -> None:
-    program = """
-    import multiprocessing
-    import os
-    from unsync import unsync
-
-    with open("imports", "a") as file:
-        print(os.getpid(), file=file)
-    multiprocessing.set_start_method("spawn", force=True)
-
-    @unsync(cpu_bound=True)
-    def function():
-        return 1
-
-    print(function().result(20))
-    """
-    done = run_python(program)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "BrokenProcessPool" in done.stderr
-    assert "if __name__ == '__main__':" in done.stderr  # the advice is Python's own
-    imports = (tmp_path / "imports").read_text().split()
-    assert len(imports) <= 1 + (os.cpu_count() or 1)
 
 
 # Which pool.
@@ -589,7 +662,9 @@ def test_assigning_an_executor_and_none_for_the_default(
 
 
 def test_assigning_what_is_no_executor_is_refused(fresh: None) -> None:
-    with pytest.raises(TypeError, match=r"unsync\.process_executor must be .*Executor, not 4"):
+    with pytest.raises(
+        TypeError, match=r"unsync\.process_executor must be .*Executor, or .*, not 4"
+    ):
         unsync.process_executor = 4
 
 
@@ -710,3 +785,36 @@ def test_the_call_that_finds_the_pool_broken_goes_to_a_new_one(run_python: Run) 
     done = run_python(program, *NO_FORK_WARNING)
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("chosen", [None, "fork", "spawn"])
+def test_the_default_pool_forks_beside_threads_only_with_the_gil_or_on_demand(
+    chosen: str | None, run_python: Run
+) -> None:
+    if chosen not in {None, *START_METHODS}:
+        pytest.skip(f"there is no {chosen} here")
+    done = run_python(f"""
+        import multiprocessing
+        from unsync import unsync
+
+        if __name__ == "__main__":
+            if {chosen!r}:
+                multiprocessing.set_start_method({chosen!r})
+            print(unsync.process_executor._mp_context.get_start_method())
+    """)
+    expected = chosen or START_METHODS[0]
+    if chosen is None and expected == "fork" and not WITH_GIL:
+        expected = "forkserver"
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
+
+
+@pytest.mark.alone
+def test_a_call_while_another_thread_imports_multiprocessing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = types.ModuleType("multiprocessing.process")
+    monkeypatch.setitem(sys.modules, half.__name__, half)
+    executors._end_if_importing_main()
+    half = types.ModuleType("concurrent.futures.process")
+    monkeypatch.setitem(sys.modules, half.__name__, half)
+    assert not executors.in_thread_of_a_pool()

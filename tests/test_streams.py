@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import functools
 import inspect
+import queue
 import sys
 import threading
 import types
@@ -16,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, collect, wait_until
+from conftest import PATIENCE, collect, wait_until, wait_until_gone
 
 from unsync import Stream, Unfuture, unsync
 
@@ -370,8 +371,11 @@ def test_one_that_nobody_asked_for_is_reported(kind: str) -> None:
         yield 1
         raise Boom("nobody asked")
 
-    heard: list[dict[str, Any]] = []
     loop = unsync.loop
+    collect()
+    # What an earlier test left is reported before.
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(PATIENCE)
+    heard: list[dict[str, Any]] = []
     before = loop.get_exception_handler()
     loop.set_exception_handler(lambda _, entries: heard.append(entries))
     try:
@@ -414,6 +418,31 @@ def test_a_job_that_was_cancelled_before_it_began_ends_the_stream() -> None:
         next(stream)
     gate.set()
     assert list(stream) == []
+
+
+@both
+def test_one_that_the_garbage_collector_finds_is_closed_where_it_runs(kind: str) -> None:
+    closed: queue.Queue[str] = queue.Queue()
+
+    def body() -> Generator[int, None, None]:
+        try:
+            yield from range(1000)
+        finally:
+            threading.Event().wait(0.01)  # for another thread to come in, if one wants to
+            closed.put(threading.current_thread().name)
+
+    def leave_one_in_a_cycle() -> None:
+        stream = marked(body, kind)()
+        assert next(stream) == 0
+        wait_until(lambda: stream._channel.resting)
+        cycle: list[Any] = [stream]
+        cycle.append(cycle)
+
+    leave_one_in_a_cycle()
+    collect()
+    assert closed.get(timeout=PATIENCE).startswith("unsync")
+    collect()
+    assert closed.empty()
 
 
 @pytest.mark.usefixtures("fresh")
@@ -853,6 +882,23 @@ def test_a_timeout_within_an_async_body_holds_over_its_values() -> None:
     assert list(body()) == [0, 1, 2, 3, 4, -1]
 
 
+@both
+def test_an_iteration_that_is_left_loses_nothing(kind: str) -> None:
+    def body() -> Iterator[int]:
+        yield from range(10)
+
+    with marked(body, kind)() as stream:
+        for first in stream:
+            assert first == 0
+            break
+        assert next(stream) == 1
+        iterator = iter(stream)
+        assert [next(iterator), next(stream), next(iterator)] == [2, 3, 4]
+        pairs = zip(stream, iterator, strict=False)  # at the end it asks for one more
+        assert list(pairs) == [(5, 6), (7, 8)]
+        assert list(iterator) == list(stream) == []
+
+
 # Memory.
 
 
@@ -872,9 +918,7 @@ def test_a_stream_that_has_ended_leaves_no_cycle(kind: str, fails: bool) -> None
             next(stream)
     assert list(stream) == []
     del stream
-    if sys.implementation.name == "pypy":
-        collect()
-    wait_until(lambda: channel() is None)
+    wait_until_gone(channel)
 
 
 @both

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import multiprocessing
 import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable, Generator, Iterator
@@ -705,7 +706,9 @@ def test_dropping_a_pending_chain_of_100_000(run_python: RunPython) -> None:
         print(sum(isinstance(one, Unfuture) for one in gc.get_objects()))
     """
     done = run_python(program, timeout=2 * PATIENCE)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    if sys.implementation.name == "cpython":  # PyPy finalizes one of a chain in each round
+        assert done.stdout == "0\n"
 
 
 def test_looking_at_a_deep_nesting(run_python: RunPython) -> None:

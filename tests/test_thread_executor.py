@@ -245,7 +245,7 @@ def test_there_are_as_many_threads_as_jobs_up_to_max_workers() -> None:
 
         unfutures = [executor.submit(meet) for _ in range(6)]
         barrier.wait(PATIENCE)  # the first three can only meet in three threads
-        assert len(names) == len(set(names)) == 3
+        assert len(set(names[:3])) == 3
         barrier.wait(PATIENCE)
         for unfuture in unfutures:
             unfuture.result(PATIENCE)
@@ -259,6 +259,7 @@ def test_an_idle_thread_is_used_again() -> None:
         assert len(threads) < 60
 
 
+@pytest.mark.alone
 def test_no_thread_is_started_before_the_first_job() -> None:
     before = threading.active_count()
     with ThreadExecutor(4):

@@ -9,7 +9,8 @@ from contextlib import suppress
 from time import monotonic
 
 from unsync._backend import Mailbox, set_home
-from unsync._common import CANCELLED, logger, outcome_of_asyncio
+from unsync._common import CANCELLED, DAEMONIC, logger, outcome_of_asyncio
+from unsync._stats import Book
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -23,14 +24,14 @@ class _AmbientLoop:
     """One loop in its thread, from its start to its end."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, ended: Callable[[_AmbientLoop], None]
+        self, loop: asyncio.AbstractEventLoop, book: Book, ended: Callable[[_AmbientLoop], None]
     ) -> None:
         self.loop = loop
+        self._book = book
         self._ended = ended
         self.mailbox = Mailbox(loop)
         self.mailbox.open_bell()
-        # Daemonic: a coroutine that blocks must not keep the process from its end.
-        self.thread = threading.Thread(target=self._run, name="unsync", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="unsync", daemon=DAEMONIC)
         # Set by the thread as soon as it runs.
         self.begun = threading.Event()
         # These two are set before the loop is stopped, by whoever stops it first.
@@ -60,6 +61,7 @@ class _AmbientLoop:
             self.mailbox.close_bell()
             self.loop.close()
             self.mailbox.close()
+            self._book.close(self.mailbox)
 
     @staticmethod
     def _survive(run: Callable[[], object]) -> None:
@@ -129,6 +131,7 @@ class Ambient:
     def __init__(self) -> None:
         # Guards `_current` and `_factory`; held over a fork.
         self.lock = threading.RLock()
+        self.book = Book(7)
         self._current: _AmbientLoop | None = None
         self._factory: LoopFactory | None = None
         # What a parent process left: its loop must be neither used nor closed here.
@@ -146,7 +149,8 @@ class Ambient:
             loop = (self._factory or asyncio.new_event_loop)()
             if not isinstance(loop, asyncio.AbstractEventLoop):
                 raise TypeError(f"unsync.loop_factory must make an event loop, not {loop!r}")
-            current = _AmbientLoop(loop, self._forget)
+            current = _AmbientLoop(loop, self.book, self._forget)
+            self.book.open(current.mailbox)
             try:
                 current.thread.start()
             except BaseException:
@@ -156,6 +160,7 @@ class Ambient:
                 else:
                     current.mailbox.close_bell()
                     loop.close()
+                    self.book.close(current.mailbox)
                 raise
             self._use(current)
             return current
@@ -216,6 +221,7 @@ class Ambient:
     def after_fork(self) -> None:
         """In the child: the thread stayed with the parent, and so did its loop's descriptors."""
         self.lock = threading.RLock()
+        self.book = Book(7)
         inherited, self._current = self._current, None
         set_home(None, self._start)
         if inherited is not None:

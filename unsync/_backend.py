@@ -1,6 +1,7 @@
 """Picks the core: the compiled one where it is there, else its twin in plain Python.
 
-`UNSYNC_NO_EXTENSIONS`, if it is set and not empty, selects the fallback, as PyPy does by itself.
+`UNSYNC_NO_EXTENSIONS`, if it is set and not empty, selects the fallback, as PyPy does by itself. So
+do sub-interpreters: the compiled core belongs to one interpreter of a process.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ __all__ = [
     "Route",
     "Unfuture",
     "after_fork",
+    "calls_elsewhere",
+    "finish_calls",
     "in_home_thread",
     "set_home",
     "when_done",
@@ -42,9 +45,11 @@ else:
         import unsync._core as _core
 
         ACCELERATED = True
-    except ModuleNotFoundError as exc:
-        # Only "it was not built" is quiet; one that is there and does not load is a fault to see.
-        if exc.name != "unsync._core":
+    except ImportError as exc:
+        # These two are quiet; one that is there and does not load is a fault to see.
+        was_not_built = isinstance(exc, ModuleNotFoundError) and exc.name == "unsync._core"
+        is_of_another_interpreter = not was_not_built and "interpreter" in str(exc)
+        if not (was_not_built or is_of_another_interpreter):
             raise
         from unsync import _core_py as _core
 
@@ -59,6 +64,8 @@ Mailbox = _core.Mailbox
 Route = _core.Route
 Unfuture = _core.Unfuture
 after_fork = _core.after_fork
+calls_elsewhere = _core.calls_elsewhere
+finish_calls = _core.finish_calls
 in_home_thread = _core.in_home_thread
 set_home = _core.set_home
 when_done = _core.when_done

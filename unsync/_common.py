@@ -5,13 +5,16 @@ Nothing here knows the decorator or the executors; the cores know nothing else o
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import builtins
 import concurrent.futures
 import functools
 import inspect
 import logging
+import math
 import os
+import queue
 import sys
 import threading
 import warnings
@@ -20,6 +23,7 @@ from types import CoroutineType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from contextvars import Context
     from types import TracebackType
 
@@ -27,10 +31,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("unsync")
 
+# What the cores count of the work in one place: started, finished, failed, cancelled, pending.
+WorkCounts = tuple[int, int, int, int, int]
+# Of a mailbox: that with wakeups and wakeups saved; then items left in it, the lag in seconds.
+MailboxCounts = tuple[tuple[int, int, int, int, int, int, int], int, float]
+# Of a job queue: that, jobs in the line, workers, idle ones, ones that wait.
+QueueCounts = tuple[WorkCounts, int, int, int, int]
+
 running_loop = asyncio._get_running_loop
 
 # Set by the exit handlers, before they break what still runs.
 exiting = False
+
+# Our threads are daemonic: what blocks in one must not keep the process from its end. Most
+# sub-interpreters allow none; there Python waits for them, after `threading`'s own exit hooks.
+DAEMONIC: bool = getattr(_thread, "daemon_threads_allowed", lambda: True)()
 
 # The life of an Unfuture. Everything from CANCELLED on is final for those who wait.
 PENDING, RUNNING, CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, FAILED = range(6)
@@ -86,6 +101,26 @@ else:
 
 def already_done_error(unfuture: Unfuture[Any]) -> InvalidStateError:
     return InvalidStateError(f"this Unfuture already has its outcome: {unfuture!r}")
+
+
+def exhausted_error(
+    workers: int, unfuture: Unfuture[Any], failure: Exception | None
+) -> RuntimeError:
+    error = RuntimeError(
+        f"all {workers} threads of the pool wait for calls that would need one more thread, and so "
+        f"{unfuture!r} would be waited for for ever; wait for it in a coroutine, with 'await', or "
+        "make the pool with more spare_workers"
+    )
+    error.__cause__ = failure  # why there is not one more thread
+    return error
+
+
+def full_error(limit: int, room: int, patient: bool) -> queue.Full:
+    why = "; in an event loop it does not wait" if patient else ""
+    return queue.Full(
+        f"all {limit} threads are at work and {room} calls wait for them, which is all the room "
+        f"there is (max_queued={room}){why}; call again later"
+    )
 
 
 def would_deadlock_error(unfuture: Unfuture[Any]) -> InvalidStateError:
@@ -192,6 +227,15 @@ def report_failed_callback(
 
     # In a copy: that somebody else is in the context now may be what failed.
     loop.call_soon(fail_again, unfuture, context=context.copy())
+
+
+def report_slow(loop: asyncio.AbstractEventLoop, what: object, seconds: float) -> None:
+    """Warns of what held up a loop in debug mode, as the loop does for its own callbacks.
+
+    :param what: the task or the Unfuture whose function it was.
+    """
+    if seconds >= getattr(loop, "slow_callback_duration", math.inf):
+        logging.getLogger("asyncio").warning("Executing %r took %.3f seconds", what, seconds)
 
 
 def log_failed_callback(
@@ -331,17 +375,88 @@ def rebuild(cls: type[Unfuture[Any]] | None, status: int, outcome: Any) -> Unfut
     return unfuture
 
 
+# A thread of a pool that waits while no other is at work looks this often, in seconds, whether it
+# will be woken.
+LOOK_AGAIN_SECONDS = 1.0
+
+
+def waits_for_ever(
+    unfuture_class: type[Unfuture[Any]],
+    queued: dict[int, Unfuture[Any]],
+    waits: list[tuple[Unfuture[Any], Unfuture[Any]]],
+) -> bool:
+    """Whether all that a pool's threads wait for hangs upon jobs that no thread is left for.
+
+    What a task waits for can only be seen in its loop, so the ambient one is asked. Some of it
+    cannot be seen at all: what is to be set by hand, say. That counts as hope.
+
+    :param queued: the jobs that have no thread, by their ids.
+    :param waits: what each thread works on, and what it waits for.
+    """
+
+    async def look() -> bool:
+        return _waits_for_ever(queued, waits)
+
+    call = unfuture_class(look())
+    try:
+        found: bool = call.result(LOOK_AGAIN_SECONDS)
+    except (TimedOutError, concurrent.futures.CancelledError):
+        call.cancel()
+        return False  # the loop is kept from its work, or ends
+    return found
+
+
+def _waits_for_ever(
+    queued: dict[int, Unfuture[Any]], waits: list[tuple[Unfuture[Any], Unfuture[Any]]]
+) -> bool:
+    loop = running_loop()
+    worked_on = {id(job): awaited for job, awaited in waits}
+    seen: dict[int, object] = {}
+    upon: dict[int, list[object]] = {}
+    todo: list[object] = [awaited for _, awaited in waits]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        behind = [worked_on[id(thing)]] if id(thing) in worked_on else _behind(thing, loop)
+        for other in behind:
+            upon.setdefault(id(other), []).append(thing)
+        todo += behind
+    hopeless: set[int] = set()
+    todo = [thing for key, thing in seen.items() if key in queued]
+    while todo:
+        thing = todo.pop()
+        if id(thing) not in hopeless:
+            hopeless.add(id(thing))
+            todo += upon.get(id(thing), ())
+    return all(id(awaited) in hopeless for _, awaited in waits)
+
+
+def _behind(thing: Any, loop: asyncio.AbstractEventLoop | None) -> list[Any]:
+    """What an Unfuture, one await of it, a task or the future of a `gather` waits for."""
+    if hasattr(thing, "_behind"):
+        behind = thing._behind()
+        return [] if behind is None else [behind]
+    if not asyncio.isfuture(thing) or thing.get_loop() is not loop:
+        return []
+    behind = getattr(thing, "_fut_waiter", None)
+    return [*getattr(thing, "_children", ()), *([] if behind is None else [behind])]
+
+
 class Waiters:
     """What concurrent.futures.wait() and as_completed() ask of a future; made only when asked for.
 
     `condition` guards `waiters` and, from then on, the change of the Unfuture's state.
+
+    :param pool_wait: what a thread of a pool must be in while it waits.
     """
 
     __slots__ = ("condition", "waiters")
 
-    def __init__(self) -> None:
+    def __init__(self, pool_wait: Callable[[], AbstractContextManager[None]]) -> None:
         self.condition = threading.Condition()
-        self.waiters: list[Any] = []
+        self.waiters: list[Any] = _WaiterList(pool_wait)
 
     def tell(self, unfuture: Unfuture[Any], status: int) -> None:
         """Tells everybody who waits; the caller holds `condition`."""
@@ -353,6 +468,28 @@ class Waiters:
             else:
                 waiter.add_cancelled(unfuture)
         self.condition.notify_all()
+
+
+class _WaiterList(list[Any]):
+    """The waiters; the event that one of them is going to wait for tells the thread's pool."""
+
+    def __init__(self, pool_wait: Callable[[], AbstractContextManager[None]]) -> None:
+        self._pool_wait = pool_wait
+
+    def append(self, waiter: Any) -> None:
+        if type(getattr(waiter, "event", None)) is threading.Event and not waiter.event.is_set():
+            waiter.event = _ToldEvent(self._pool_wait)
+        super().append(waiter)
+
+
+class _ToldEvent(threading.Event):
+    def __init__(self, pool_wait: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__()
+        self._pool_wait = pool_wait
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self._pool_wait():
+            return super().wait(timeout)
 
 
 class Mirror:
@@ -382,8 +519,17 @@ class Mirror:
         raise NotImplementedError
 
 
+_MAY_LOOK = sys.version_info >= (3, 14)
+# Python has it from 3.13 on.
+has_gil: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+
+
 class AsyncioMirror(Mirror):
-    """The wrapped one is an asyncio future, touched in its own loop only."""
+    """The wrapped one is an asyncio future, touched in its own loop only.
+
+    But where there is a lock, the GIL or from Python 3.14 on the future's, everybody may ask
+    whether it is done: then it will not change.
+    """
 
     __slots__ = ("_future", "_loop", "_target")
 
@@ -399,6 +545,12 @@ class AsyncioMirror(Mirror):
         return f"<{type(self._future).__name__}{name}>"
 
     def attach(self) -> None:
+        if _MAY_LOOK or has_gil() or running_loop() is self._loop or not self._loop.is_running():
+            self._look()
+        else:
+            self._in_loop(self._look)
+
+    def _look(self) -> None:
         if self._future.done():
             self._copy(self._future)
         else:
@@ -455,17 +607,7 @@ class ConcurrentMirror(Mirror):
         return repr(self._future)
 
     def attach(self) -> None:
-        self._future.add_done_callback(self._copy)
-
-    def _copy(self, future: concurrent.futures.Future[Any]) -> None:
-        if future.cancelled():
-            self._target._complete(CANCELLED, None)
-            return
-        exc = future.exception()
-        if exc is not None:
-            self._target._complete(FAILED, exc)
-        else:
-            self._target._complete(FINISHED, future.result())
+        self._future.add_done_callback(_CopyOutcome(self._target))
 
     def cancel(self, message: object) -> bool:
         return self._future.cancel()
@@ -483,13 +625,42 @@ class ConcurrentMirror(Mirror):
             logger.debug("%r already has an outcome of its own", self._future)
 
 
+class _CopyOutcome:
+    """Called by a concurrent future that is done, which keeps whom it has called.
+
+    So this lets go of the Unfuture: else the outcome, large as it may be, would live in a cycle.
+    """
+
+    __slots__ = ("_target",)
+
+    def __init__(self, target: Unfuture[Any]) -> None:
+        self._target: Unfuture[Any] | None = target
+
+    def __call__(self, future: concurrent.futures.Future[Any]) -> None:
+        target, self._target = self._target, None
+        assert target is not None
+        if future.cancelled():
+            target._complete(CANCELLED, None)
+            return
+        exc = future.exception()
+        if exc is not None:
+            target._complete(FAILED, exc)
+        else:
+            target._complete(FINISHED, future.result())
+
+
+def is_asyncio_future(value: object) -> bool:
+    """`asyncio.isfuture`, which without the GIL must not look into one that another loop sets."""
+    return isinstance(value, asyncio.Future) or asyncio.isfuture(value)
+
+
 def mirror_of(target: Unfuture[Any], source: object) -> Mirror:
     """The mirror for what `Unfuture(source)` was given.
 
     :raises TypeError: if `source` is no future.
     """
-    if asyncio.isfuture(source):
-        return AsyncioMirror(target, source)
+    if is_asyncio_future(source):
+        return AsyncioMirror(target, cast("asyncio.Future[Any]", source))
     if isinstance(source, concurrent.futures.Future):
         return ConcurrentMirror(target, source)
     raise TypeError(

@@ -1,14 +1,16 @@
-# cython: language_level=3, freethreading_compatible=True, binding=True, auto_pickle=False
+# cython: language_level=3, freethreading_compatible=True, auto_pickle=False
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: boundscheck=False, wraparound=False, initializedcheck=False
 """The core, compiled: the hot path of every call.
 
 `_core_py.py` is its twin in plain Python: the same names, the same behaviour, and the types.
 Who may touch what:
 
-- What is written under `critical_section(x)` belongs to `x`'s lock. With the GIL that is no lock
-  at all: such a section must do nothing that can release the GIL. So nothing in it calls Python
-  code, drops a last reference (that may run a `__del__`) or makes a container (that may run the
-  garbage collector, before 3.12).
+- What is written between `lock(x)` and `unlock(x)` belongs to `x`'s lock. With the GIL that is no
+  lock at all: such a section must do nothing that can release the GIL. Without the GIL it is one
+  that its own thread cannot take twice. So nothing in it raises, calls Python code, looks up an
+  attribute, drops a last reference (that may run a `__del__`) or makes a container (that may run
+  the garbage collector, before 3.12).
 - An Unfuture's `_status` is written in its section and last, and may be read anywhere: a final
   one says that `_outcome` and `_extra` are in place and will not change.
 - A waiter belongs to whoever took it from the Unfuture's chain, and is fired once.
@@ -18,7 +20,7 @@ Who may touch what:
 import sys
 import threading
 from asyncio import CancelledError as AsyncioCancelledError
-from asyncio import BaseEventLoop, Task, current_task, isfuture
+from asyncio import BaseEventLoop, Task, current_task
 from asyncio import _get_running_loop as running_loop
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
@@ -38,6 +40,7 @@ from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 
 from unsync._common import (
+    LOOK_AGAIN_SECONDS,
     PLAIN_TYPES,
     STATE_NAMES,
     TimedOutError,
@@ -49,6 +52,9 @@ from unsync._common import (
     check_exception,
     close_unstarted,
     describe,
+    exhausted_error,
+    full_error,
+    is_asyncio_future,
     is_awaitable,
     is_coroutine,
     log_failed_callback,
@@ -59,9 +65,11 @@ from unsync._common import (
     outcome_of_asyncio,
     rebuild,
     report_failed_callback,
+    report_slow,
     report_unseen_failure,
     thrown,
     wait_for_awaitable,
+    waits_for_ever,
     would_deadlock_error,
 )
 from unsync._views import asyncio_view, concurrent_view
@@ -71,9 +79,52 @@ cdef extern from *:
     #if defined(_MSC_VER) && !defined(__clang__)
       #define unsync_load(p) (*(volatile unsigned char *)(p))
       #define unsync_store(p, v) (*(volatile unsigned char *)(p) = (unsigned char)(v))
+      #define unsync_load_id(p) (*(volatile unsigned long *)(p))
+      #define unsync_store_id(p, v) (*(volatile unsigned long *)(p) = (v))
+      #define unsync_load_object(p) (*(PyObject *volatile *)(p))
+      #define unsync_store_object(p, v) (*(PyObject *volatile *)(p) = (v))
+      #define unsync_peek(p) (*(volatile long long *)(p))
+      #define unsync_poke(p, v) (*(volatile long long *)(p) = (v))
     #else
       #define unsync_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
       #define unsync_store(p, v) __atomic_store_n((p), (unsigned char)(v), __ATOMIC_RELEASE)
+      #define unsync_load_id(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+      #define unsync_store_id(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+      #define unsync_load_object(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+      #define unsync_store_object(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+      #define unsync_peek(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+      #define unsync_poke(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+    #endif
+
+    /* An object's own lock. Not as a critical section takes it, which lets it go whenever the
+       thread has to wait for something else: dropping a reference to another thread's object can
+       come to that. */
+    #ifdef Py_GIL_DISABLED
+      #define unsync_lock(object) PyMutex_Lock(&((PyObject *)(object))->ob_mutex)
+      #define unsync_unlock(object) PyMutex_Unlock(&((PyObject *)(object))->ob_mutex)
+      #define unsync_renew_lock(object) (((PyObject *)(object))->ob_mutex = (PyMutex){0})
+    #else
+      #define unsync_renew_lock(object) ((void)0)
+      #define unsync_lock(object) ((void)0)
+      #define unsync_unlock(object) ((void)0)
+    #endif
+
+    /* What this thread handles in an `except` block, hidden meanwhile. Compiled `try` statements
+       look at its traceback. Those who are told of it and raise it again are changing that, and
+       CPython 3.13 has no lock for it. */
+    #ifdef Py_GIL_DISABLED
+      static PyObject *unsync_put_aside(void) {
+        PyObject *handled = PyErr_GetHandledException();
+        if (handled == NULL) return Py_NewRef(Py_None);
+        PyErr_SetHandledException(NULL);
+        return handled;
+      }
+      static void unsync_take_up(PyObject *handled) {
+        if (handled != Py_None) PyErr_SetHandledException(handled);
+      }
+    #else
+      #define unsync_put_aside() Py_NewRef(Py_None)
+      #define unsync_take_up(handled) ((void)0)
     #endif
 
     /* A new reference to the `__qualname__` of a plain function. */
@@ -87,6 +138,18 @@ cdef extern from *:
     """
     unsigned char load "unsync_load"(unsigned char *p) nogil
     void store "unsync_store"(unsigned char *p, int v) nogil
+    unsigned long load_id "unsync_load_id"(unsigned long *p) nogil
+    void store_id "unsync_store_id"(unsigned long *p, unsigned long v) nogil
+    PyObject *load_object "unsync_load_object"(PyObject **p) nogil
+    void store_object "unsync_store_object"(PyObject **p, PyObject *v) nogil
+    # For what one thread counts and others may look at.
+    long long peek "unsync_peek"(long long *p) nogil
+    void poke "unsync_poke"(long long *p, long long v) nogil
+    void lock "unsync_lock"(object)
+    void unlock "unsync_unlock"(object)
+    void renew_lock "unsync_renew_lock"(object)
+    object put_aside "unsync_put_aside"()
+    void take_up "unsync_take_up"(object handled)
     object function_name "unsync_function_name"(object function)
 
 cdef extern from "pythread.h":
@@ -127,6 +190,17 @@ cdef extern from "Python.h":
     void PyObject_GC_Track(PyObject *value) noexcept
     void PyObject_GC_UnTrack(PyObject *value) noexcept
     int PyErr_CheckSignals() except -1
+
+cdef extern from *:
+    """
+    /* The worker that the calling thread is, if it is one; `JobQueue.work` holds it. */
+    #if defined(_MSC_VER) && !defined(__clang__)
+      static __declspec(thread) PyObject *unsync_worker = NULL;
+    #else
+      static __thread PyObject *unsync_worker = NULL;
+    #endif
+    """
+    PyObject *this_worker "unsync_worker"
 
 cdef extern from *:
     """
@@ -232,9 +306,10 @@ cdef unsigned int _generation = 0
 # Guards the moment when a child first looks at one of its parent's Unfutures.
 cdef object _fork_lock = threading.RLock()
 
-cdef Mailbox _home = None
+# The ambient loop's mailbox, or NULL; `_kept` owns it.
+cdef PyObject *_home = NULL
 cdef object _start_home = None
-cdef list _kept = []
+cdef list _kept = [None]
 
 cdef frozenset plain_types = PLAIN_TYPES
 
@@ -246,17 +321,25 @@ cdef object RETRY = object()
 
 def set_home(Mailbox mailbox, start):
     """Names the ambient loop's mailbox, or with None the function that starts one on first use."""
-    global _home, _start_home
+    global _start_home
+    if _start_home != start:
+        _start_home = start
     if not WITH_GIL:
-        # Whoever reads these two takes no lock: what they ever were must not go away under them.
-        _kept.append((mailbox, start))
-    _home = mailbox
-    _start_home = start
+        # Whoever reads `_home` takes no lock: what it ever was must not go away meanwhile.
+        _kept.append(_kept[0])
+    store_object(&_home, NULL if mailbox is None else <PyObject *>mailbox)
+    _kept[0] = mailbox
+
+
+cdef inline Mailbox home_now():
+    """The ambient loop's mailbox; None if the loop does not run."""
+    cdef PyObject *mailbox = load_object(&_home)
+    return None if mailbox is NULL else <Mailbox>mailbox
 
 
 cdef Mailbox home():
     """The ambient loop's mailbox; the loop is started if it does not run."""
-    cdef Mailbox mailbox = _home
+    cdef Mailbox mailbox = home_now()
     if mailbox is not None:
         return mailbox
     if _start_home is None:
@@ -266,15 +349,22 @@ cdef Mailbox home():
 
 def in_home_thread():
     """Whether this is the thread of the ambient loop."""
-    cdef Mailbox mailbox = _home
-    return mailbox is not None and mailbox._thread_id == PyThread_get_thread_ident()
+    return is_in_home_thread()
+
+
+cdef inline bint is_in_home_thread() noexcept:
+    cdef PyObject *mailbox = load_object(&_home)
+    return mailbox is not NULL and (
+        load_id(&(<Mailbox>mailbox)._thread_id) == PyThread_get_thread_ident()
+    )
 
 
 def after_fork():
     """Run in the child: what was pending before the fork will never be finished here."""
-    global _generation, _fork_lock
+    global _generation, _fork_lock, this_worker
     _generation += 1
     _fork_lock = threading.RLock()
+    this_worker = NULL  # its queue has no workers here
 
 
 # For the usual kind of task, asked without looking the methods up.
@@ -294,6 +384,10 @@ cdef inline task_factory_of(loop):
     return loop.get_task_factory()
 
 
+cdef inline long long nanoseconds(double seconds) noexcept:
+    return <long long>(seconds * 1e9)
+
+
 cdef inline copy_context():
     """A copy of the current context; None in place of an empty one, which need not be kept."""
     context = PyContext_CopyCurrent()
@@ -308,7 +402,9 @@ cdef Mailbox mailbox_of(loop):
     """
     cdef Mailbox mailbox = getattr(loop, "_unsync_mailbox", None)
     if mailbox is None:
-        mailbox = _home if _home is not None and _home._loop() is loop else Mailbox(loop)
+        mailbox = home_now()
+        if mailbox is None or mailbox._loop() is not loop:
+            mailbox = Mailbox(loop)
         try:
             loop._unsync_mailbox = mailbox
         except (AttributeError, TypeError):
@@ -339,8 +435,8 @@ cdef inline bint is_lone_call() noexcept:
     cdef Mailbox mailbox
     if not WITH_GIL:
         return False
-    mailbox = _home
-    if mailbox is not None and mailbox._thread_id == PyThread_get_thread_ident():
+    if is_in_home_thread():
+        mailbox = <Mailbox>_home
         # Every second call at most, so that the loop has its turn.
         mailbox._calls += 1
         return mailbox._calls == 1 and mailbox._calls_before <= 2
@@ -451,6 +547,22 @@ cdef class Mailbox(_Line):
     # Those whose coroutines make their first step now, each within the one before it; its own
     # lock is enough.
     cdef list _starting
+    # How often something was left, how often that was an Unfuture, and how often the loop was
+    # woken for it. In the section, as is how many Unfutures were abandoned.
+    cdef long long _posts
+    cdef long long _called
+    cdef long long _wakeups
+    cdef long long _abandoned
+    # When the loop was woken, in nanoseconds of the monotonic clock; 0 once it has come.
+    cdef long long _woken_at
+    # These four are counted, and these two set, by the loop's thread: how many began and ended,
+    # how long the loop took to come the last time, and since when it has been at work here.
+    cdef long long _begun
+    cdef long long _finished
+    cdef long long _failed
+    cdef long long _cancelled
+    cdef long long _lag
+    cdef long long _busy_since
     # These belong to the loop's thread.
     # How many functions were called in this turn of the loop and the one before, and how many
     # awaited calls were started there and then.
@@ -481,29 +593,31 @@ cdef class Mailbox(_Line):
 
     @property
     def thread_id(self):
-        return self._thread_id or None
+        return load_id(&self._thread_id) or None
 
     @thread_id.setter
     def thread_id(self, unsigned long thread_id):
-        self._thread_id = thread_id
-
-    cdef inline bint is_of(self, loop) except -1:
-        return loop is (self._loop() if self._running is None else self._running)
+        store_id(&self._thread_id, thread_id)
 
     cdef int post(self, _Item item) except -1:
         """Leaves `item` for the loop; `item.arrive(mailbox)` is called in its thread."""
         cdef bint wake = False
-        with cython.critical_section(self):
-            self.push(item)
-            if not self._armed:
-                self._armed = True
-                wake = True
+        lock(self)
+        self.push(item)
+        self._posts += 1
+        self._called += isinstance(item, Unfuture)
+        if not self._armed:
+            self._armed = True
+            self._wakeups += 1
+            wake = True
+        unlock(self)
         if wake:
             self.wake()
         return 0
 
     cdef int wake(self) except -1:
         loop = self._loop()
+        poke(&self._woken_at, nanoseconds(monotonic()))
         try:
             if loop is None:
                 self.close()
@@ -516,8 +630,9 @@ cdef class Mailbox(_Line):
                 self.close()
                 return 0
             # Nobody is coming: whoever posts next must try again. A Ctrl-C may be what failed.
-            with cython.critical_section(self):
-                self._armed = False
+            lock(self)
+            self._armed = False
+            unlock(self)
             raise
         return 0
 
@@ -537,17 +652,19 @@ cdef class Mailbox(_Line):
         except Exception:  # the loop has no readers, and will be woken in its own way
             bell_close(bell)
             return
-        with cython.critical_section(self):
-            self._bell = bell
+        lock(self)
+        self._bell = bell
+        unlock(self)
 
     def close_bell(self):
         """Called in the loop's thread before the loop is closed."""
         cdef int bell = -1
         cdef bint in_use = False
-        with cython.critical_section(self):
-            bell = self._bell
-            self._bell = -1
-            in_use = self._ringing > 0
+        lock(self)
+        bell = self._bell
+        self._bell = -1
+        in_use = self._ringing > 0
+        unlock(self)
         self._options = self._catch = self._attributes = None
         if bell >= 0:
             self._loop().remove_reader(bell)
@@ -558,10 +675,11 @@ cdef class Mailbox(_Line):
         """Rings the bell; False if there is none."""
         cdef int bell = -1
         cdef bint rung = False, forsaken = False
-        with cython.critical_section(self):
-            bell = self._bell
-            if bell >= 0:
-                self._ringing += 1
+        lock(self)
+        bell = self._bell
+        if bell >= 0:
+            self._ringing += 1
+        unlock(self)
         if bell < 0:
             return False
         if WITH_GIL and _idle_thread == PyThread_get_thread_ident():
@@ -569,9 +687,10 @@ cdef class Mailbox(_Line):
                 rung = bell_ring(bell)
         else:
             rung = bell_ring(bell)
-        with cython.critical_section(self):
-            self._ringing -= 1
-            forsaken = self._bell < 0 and self._ringing == 0
+        lock(self)
+        self._ringing -= 1
+        forsaken = self._bell < 0 and self._ringing == 0
+        unlock(self)
         if forsaken:
             bell_close(bell)  # the loop went in between: the descriptor was left to us
         return rung
@@ -583,17 +702,20 @@ cdef class Mailbox(_Line):
     cdef _Item take(self):
         """The next item; None, and disarmed, if there is none."""
         cdef _Item item = None
-        with cython.critical_section(self):
-            item = self.pop()
-            if item is None:
-                self._armed = False
-            note_idle(self._first is None)
+        lock(self)
+        item = self.pop()
+        if item is None:
+            self._armed = False
+        note_idle(self._first is None)
+        unlock(self)
         return item
 
     def _drain(self):
         cdef _Item item
         cdef int count = 0
-        cdef double until = monotonic() + DRAIN_SECONDS
+        cdef double now = monotonic()
+        cdef double until = now + DRAIN_SECONDS
+        self.note_lag(nanoseconds(now))
         self._running = self._loop()
         self._debug = self._running.get_debug()
         self._calls_before = self._calls
@@ -604,7 +726,10 @@ cdef class Mailbox(_Line):
                 item = self.take()
                 if item is None:
                     return
-                item.arrive(self)
+                if self._debug:
+                    self.time(item)
+                else:
+                    item.arrive(self)
                 count += 1
                 if count == DRAIN_STRIDE:
                     count = 0
@@ -617,8 +742,69 @@ cdef class Mailbox(_Line):
             raise
         finally:
             self._running = None
+            poke(&self._busy_since, 0)
             note_idle(False)
         self.wake()
+
+    cdef inline void note_lag(self, long long now) noexcept:
+        """The loop has come."""
+        cdef long long woken_at = peek(&self._woken_at)
+        if woken_at:
+            poke(&self._lag, now - woken_at)
+            poke(&self._woken_at, 0)
+        poke(&self._busy_since, now)
+
+    cdef inline void count_begun(self) noexcept:
+        poke(&self._begun, self._begun + 1)
+
+    cdef inline void count_ended(self, Unfuture unfuture) noexcept:
+        """In the loop's thread: this is how it ended; if it is not done, it waits for another."""
+        cdef int status = load(&unfuture._status)
+        if status == FAILED:
+            poke(&self._failed, self._failed + 1)
+        elif CANCELLED <= status <= CANCELLED_AND_NOTIFIED:
+            poke(&self._cancelled, self._cancelled + 1)
+        else:
+            poke(&self._finished, self._finished + 1)
+
+    def counts(self):
+        """For `unsync.stats()`: see `MailboxCounts`."""
+        cdef long long called, abandoned, posts, wakeups, began, lag, left = 0
+        cdef long long begun, finished, failed, cancelled
+        cdef _Item item
+        lock(self)
+        called = self._called
+        abandoned = self._abandoned
+        posts = self._posts
+        wakeups = self._wakeups
+        item = self._first
+        while item is not None:
+            left += 1
+            item = item.link
+        unlock(self)
+        begun = peek(&self._begun)
+        finished = peek(&self._finished)
+        failed = peek(&self._failed)
+        cancelled = peek(&self._cancelled) + abandoned
+        lag = peek(&self._lag)
+        began = peek(&self._woken_at) or peek(&self._busy_since)
+        if began and left:
+            lag = max(lag, nanoseconds(monotonic()) - began)
+        pending = max(called - finished - failed - cancelled, 0)
+        sums = (begun, finished, failed, cancelled, pending, wakeups, posts - wakeups)
+        return sums, left, lag * 1e-9
+
+    cdef int time(self, _Item item) except -1:
+        """In debug mode: the loop itself could only name the mailbox."""
+        cdef double begun = monotonic()
+        try:
+            item.arrive(self)
+        finally:
+            what = item
+            if type(item) is _Park:
+                what = getattr((<_Park>item).wakeup, "__self__", item)  # the task that went on
+            report_slow(self._running, what, <double>monotonic() - begun)
+        return 0
 
     cdef int start_now(self, Unfuture unfuture) except -1:
         """For an `await` in the loop itself: starts what is awaited there and then.
@@ -630,10 +816,11 @@ cdef class Mailbox(_Line):
             return 0
         if not has_room():
             return 0
-        with cython.critical_section(self):
-            alone = self._first is unfuture and self._last is unfuture
-            if alone:
-                self._first = self._last = None  # the caller holds it
+        lock(self)
+        alone = self._first is unfuture and self._last is unfuture
+        if alone:
+            self._first = self._last = None  # the caller holds it
+        unlock(self)
         if alone:
             self._starts += 1
             unfuture.arrive(self)
@@ -647,6 +834,9 @@ cdef class Mailbox(_Line):
             if item is None:
                 return
             item.abandon()
+            lock(self)
+            self._abandoned += isinstance(item, Unfuture)
+            unlock(self)
 
     @property
     def starting(self):
@@ -654,6 +844,7 @@ cdef class Mailbox(_Line):
 
     cdef int start(self, Unfuture unfuture, coro, context) except -1:
         """Starts `coro` as a task of this loop, in whose thread this is called."""
+        failure = None
         self._starting.append(unfuture)
         try:
             name = name_of(coro)
@@ -662,12 +853,16 @@ cdef class Mailbox(_Line):
             # The first step raised KeyboardInterrupt or SystemExit, or the user's task factory
             # refused: the caller hears of it, the loop goes on.
             close_unstarted(coro)
-            unfuture.complete(FAILED, exc, ANY)
-            return 0
+            failure = exc
         finally:
             self._starting.pop()
+        if failure is not None:
+            unfuture.complete(FAILED, failure, ANY)
+            self.count_ended(unfuture)
+            return 0
         if task_done(task) if type(task) is Task else task.done():
             unfuture.ended_at_once(task)
+            self.count_ended(unfuture)
             return 0
         self.live[task] = unfuture
         unfuture.started(task, name)
@@ -777,6 +972,7 @@ cdef class _TaskDone:
     def __call__(self, task):
         self.mailbox.live.pop(task, None)
         self.unfuture.take_outcome(task)
+        self.mailbox.count_ended(self.unfuture)
 
 
 cdef name_of(thing):
@@ -808,18 +1004,14 @@ cdef name_behind(int kind, source, outcome):
     return None
 
 
-cdef quick_name_behind(int kind, source, outcome):
-    if kind == TASK:
-        return outcome
-    return quick_name_of(outcome if kind == CONTINUATION or kind == MAPPING else source)
-
-
 @cython.final
 @cython.trashcan(True)
 cdef class _Blocked(_Item):
     """A thread that waits in `result()` or `exception()`."""
 
     cdef PyThread_type_lock lock
+    # For a queue's door: whether it left before it was let in. Belongs to the queue's section.
+    cdef bint gone
 
     def __cinit__(self):
         self.lock = PyThread_allocate_lock()
@@ -892,7 +1084,8 @@ cdef class _Callback(_Item):
             log_failed_callback(self.function, unfuture, exc)
 
     cdef schedule(self, Unfuture unfuture):
-        function = self.call_in_ambient_loop if self.mailbox._thread_id else self.function
+        is_ambient = self.mailbox.thread_id is not None
+        function = self.call_in_ambient_loop if is_ambient else self.function
         self.loop.call_soon(function, unfuture, context=self.context)
 
     def call_in_ambient_loop(self, unfuture):
@@ -918,7 +1111,7 @@ cdef class _Callback(_Item):
             failure = exc
         if failure is not None:
             report_failed_callback(
-                self.function, self.unfuture, self.context, failure, self.loop, mailbox._thread_id
+                self.function, self.unfuture, self.context, failure, self.loop, mailbox.thread_id
             )
         return 0
 
@@ -954,13 +1147,15 @@ cdef class _Park(_Item):
     cdef Mailbox mailbox
     cdef object wakeup
     cdef object context
+    # Whose thread the loop runs in, and waits there, if it is a worker.
+    cdef _Worker worker
 
     def __iter__(self):
         return self
 
     def __next__(self):
         cdef Unfuture unfuture = self.unfuture
-        cdef Mailbox mailbox = _home
+        cdef Mailbox mailbox
         if not unfuture.is_done():
             if self.begun:
                 raise RuntimeError("await wasn't used with future")
@@ -968,8 +1163,10 @@ cdef class _Park(_Item):
             loop = running_loop()
             if loop is None:
                 raise RuntimeError(f"no running event loop to wait in for {unfuture!r}")
-            if unfuture.is_call() and mailbox is not None and mailbox.is_of(loop):
-                mailbox.start_now(unfuture)
+            if unfuture.is_call() and is_in_home_thread():
+                mailbox = home_now()
+                if mailbox is not None:
+                    mailbox.start_now(unfuture)
             if not unfuture.is_done():
                 unfuture.check_not_own(loop)
                 self.loop = loop
@@ -1002,9 +1199,25 @@ cdef class _Park(_Item):
         self.context = PyContext_CopyCurrent() if context is None else context
         if not self.unfuture.add_waiter(self):
             self.loop.call_soon(function, self, context=self.context)
+        elif this_worker is not NULL:
+            self.worker = <_Worker>this_worker
+            self.worker.begin_wait(self.unfuture)
 
     def remove_done_callback(self, function):
-        return self.unfuture.remove_waiter(self)
+        cdef bint removed = self.unfuture.remove_waiter(self)
+        if removed:
+            self.end_wait()
+        return removed
+
+    cdef int end_wait(self) except -1:
+        cdef _Worker worker = self.worker
+        if worker is not None:
+            self.worker = None
+            worker.end_wait()
+        return 0
+
+    def _behind(self):
+        return self.unfuture
 
     def cancel(self, msg=None):
         return self.unfuture.cancel(msg)
@@ -1019,11 +1232,13 @@ cdef class _Park(_Item):
 
     cdef fire(self, Unfuture unfuture):
         if running_loop() is self.loop:
+            self.end_wait()
             self.loop.call_soon(self.wakeup, self, context=self.context)
         else:
             self.mailbox.post(self)
 
     cdef int arrive(self, Mailbox mailbox) except -1:
+        self.end_wait()
         PyContext_Enter(self.context)
         try:
             self.wakeup(self)
@@ -1241,8 +1456,9 @@ cdef class Unfuture(_Item):
     cdef bint is_call(self) noexcept:
         """Whether behind it is a coroutine that has not begun."""
         cdef bint answer
-        with cython.critical_section(self):
-            answer = self._status == PENDING and self._kind == COROUTINE
+        lock(self)
+        answer = self._status == PENDING and self._kind == COROUTINE
+        unlock(self)
         return answer
 
     def done(self):
@@ -1255,10 +1471,11 @@ cdef class Unfuture(_Item):
         cdef int status, kind
         while True:
             unfuture.check_fork()
-            with cython.critical_section(unfuture):
-                status = unfuture._status
-                kind = unfuture._kind
-                source = unfuture._source
+            lock(unfuture)
+            status = unfuture._status
+            kind = unfuture._kind
+            source = unfuture._source
+            unlock(unfuture)
             if status != PENDING:
                 return status == RUNNING
             if kind != UNFUTURE:
@@ -1335,9 +1552,10 @@ cdef class Unfuture(_Item):
     cdef int set(self, int status, outcome) except -1:
         note_user_code()
         mirror = None
-        with cython.critical_section(self):
-            if self._kind == MIRROR:
-                mirror = self._source
+        lock(self)
+        if self._kind == MIRROR:
+            mirror = self._source
+        unlock(self)
         if not self.complete(status, outcome, ANY):
             raise already_done_error(self)
         if mirror is not None:
@@ -1352,12 +1570,13 @@ cdef class Unfuture(_Item):
         :raises RuntimeError: if it is running or finished.
         """
         cdef int status
-        with cython.critical_section(self):
-            status = self._status
-            if status == PENDING:
-                store(&self._status, RUNNING)
-            elif status == CANCELLED:
-                store(&self._status, CANCELLED_AND_NOTIFIED)
+        lock(self)
+        status = self._status
+        if status == PENDING:
+            store(&self._status, RUNNING)
+        elif status == CANCELLED:
+            store(&self._status, CANCELLED_AND_NOTIFIED)
+        unlock(self)
         if status == PENDING:
             return True
         if CANCELLED <= status <= CANCELLED_AND_NOTIFIED:
@@ -1388,13 +1607,14 @@ cdef class Unfuture(_Item):
         cdef int status, kind
         self.check_fork()
         request = (msg,)
-        with cython.critical_section(self):
-            status = self._status
-            kind = self._kind
-            source = self._source
-            if status == RUNNING and kind == COROUTINE:
-                # The context has been taken, or is in use: nothing is dropped here.
-                self._extra, request = request, self._extra
+        lock(self)
+        status = self._status
+        kind = self._kind
+        source = self._source
+        if status == RUNNING and kind == COROUTINE:
+            # The context has been taken, or is in use: nothing is dropped here.
+            self._extra, request = request, self._extra
+        unlock(self)
         if status >= CANCELLED:
             store(&self._unseen, False)  # as in asyncio: who cancels does not want to hear of it
             return status <= CANCELLED_AND_NOTIFIED, None
@@ -1455,11 +1675,14 @@ cdef class Unfuture(_Item):
         cdef _Item waiter
         cdef int removed = 0
         found = []
-        with cython.critical_section(self):
+        lock(self)
+        try:
             waiter = self._chain
             while waiter is not None:
                 found.append(waiter)
                 waiter = waiter.link
+        finally:
+            unlock(self)
         for waiter in found:
             if type(waiter) is _Callback and (<_Callback>waiter).function == fn:
                 removed += self.remove_waiter(waiter)
@@ -1513,6 +1736,9 @@ cdef class Unfuture(_Item):
 
     cdef int go_on_now(self, Mailbox mailbox, int kind, Unfuture source, function, context):
         """In the ambient loop: calls the continuation."""
+        cdef int status = FAILED
+        cdef bint went_on = False
+        failure = None
         try:
             PyContext_Enter(context)
             try:
@@ -1520,11 +1746,17 @@ cdef class Unfuture(_Item):
             finally:
                 PyContext_Exit(context)
             # In here as well: nobody else would finish it if this failed.
-            self.resolve(result, context, mailbox)
+            went_on = self.resolve(result, context, mailbox)
+            status = FINISHED
         except AsyncioCancelledError as exc:
-            self.complete(CANCELLED, exc.args[0] if exc.args else None, ANY)
+            status = CANCELLED
+            failure = exc.args[0] if exc.args else None
         except BaseException as exc:
-            self.complete(FAILED, exc, ANY)
+            failure = exc
+        if status != FINISHED:
+            self.complete(status, failure, ANY)  # out here for the reason in `work`
+        if not went_on:
+            mailbox.count_ended(self)
         return 0
 
     # The room where it changes.
@@ -1544,42 +1776,56 @@ cdef class Unfuture(_Item):
         return chain
 
     cdef side(self):
-        with cython.critical_section(self):
-            side = self._side
+        lock(self)
+        side = self._side
+        unlock(self)
         return side
 
     cdef change(self, int status, outcome, int expected, side):
         """The change of state itself; RETRY if `side` is not what belongs to the Unfuture now."""
         cdef int before
-        cdef int kind = NOTHING
+        cdef int kind = NOTHING, named
+        cdef bint again = True
         traceback = outcome.__traceback__ if status == FAILED else None
         chain = REFUSED
-        source = extra = former = name = None
+        extra = name = None
         if status == CANCELLED and side is not None:
             status = CANCELLED_AND_NOTIFIED
-        with cython.critical_section(self):
+        while again:
+            again = False
+            behind = detail = None
+            lock(self)
+            named = self._kind
+            behind = self._source
+            detail = self._outcome
+            unlock(self)
+            # Out here and before: it may run Python code, and an exception that somebody raises in
+            # this thread from outside must not come between the change and who waits for it.
+            name = name_behind(named, behind, detail)
+            lock(self)
             before = self._status
             if self._side is not side:
                 chain = RETRY
             elif before < CANCELLED and (expected == ANY or before == expected):
-                kind = self._kind
-                # Held in locals, so that nothing is dropped in here.
-                source = self._source
-                extra = self._extra
-                former = self._outcome
-                chain = self._chain
-                self._chain = None
-                self._source = name = quick_name_behind(kind, source, former)
-                self._kind = NOTHING if name is None else NAME
-                self._outcome = outcome
-                self._extra = traceback
-                if PyObject_IS_GC(outcome):
-                    track(self)
-                if status == FAILED:
-                    store(&self._unseen, True)
-                store(&self._status, status)
-        if name is None and kind != NOTHING:
-            self.keep_name(name_behind(kind, source, former))
+                again = self._kind != named  # it went on meanwhile
+                if not again:
+                    kind = named
+                    # Held in locals, so that nothing is dropped in here.
+                    source = self._source
+                    extra = self._extra
+                    _former = self._outcome
+                    chain = self._chain
+                    self._chain = None
+                    self._source = name
+                    self._kind = NOTHING if name is None else NAME
+                    self._outcome = outcome
+                    self._extra = traceback
+                    if PyObject_IS_GC(outcome):
+                        track(self)
+                    if status == FAILED:
+                        store(&self._unseen, True)
+                    store(&self._status, status)
+            unlock(self)
         if kind == COROUTINE and before == PENDING:
             if PyCoro_CheckExact(source):
                 track(source)
@@ -1590,19 +1836,21 @@ cdef class Unfuture(_Item):
         """For `repr`: the function that was behind it."""
         if name is None:
             return 0
-        with cython.critical_section(self):
-            if self._kind == NOTHING:
-                self._source = name
-                self._kind = NAME
+        lock(self)
+        if self._kind == NOTHING:
+            self._source = name
+            self._kind = NAME
+        unlock(self)
         return 0
 
     def _name_function(self, function):
         """For `repr`: the function behind the future that this was made from."""
         mirror = None
         name = name_of(function)
-        with cython.critical_section(self):
-            if self._kind == MIRROR:
-                mirror = self._source
+        lock(self)
+        if self._kind == MIRROR:
+            mirror = self._source
+        unlock(self)
         if mirror is not None:
             mirror.function = name
         if load(&self._status) >= CANCELLED:
@@ -1610,6 +1858,15 @@ cdef class Unfuture(_Item):
 
     cdef bint complete(self, int status, outcome, int expected) except -1:
         """Makes it done and tells everybody; False if it was done already."""
+        if WITH_GIL or status != FAILED:
+            return self.finish(status, outcome, expected)
+        handled = put_aside()
+        try:
+            return self.finish(status, outcome, expected)
+        finally:
+            take_up(handled)
+
+    cdef bint finish(self, int status, outcome, int expected) except -1:
         chain = self.claim(status, outcome, expected)
         if chain is REFUSED:
             return False
@@ -1625,14 +1882,15 @@ cdef class Unfuture(_Item):
         """In the ambient loop: its coroutine, called `name`, has become `task`."""
         coro = None
         request = None
-        with cython.critical_section(self):
-            if self._status == RUNNING and self._kind == COROUTINE:
-                coro = self._source
-                request = self._extra
-                self._source = task
-                self._outcome = name
-                self._extra = None
-                self._kind = TASK
+        lock(self)
+        if self._status == RUNNING and self._kind == COROUTINE:
+            coro = self._source
+            request = self._extra
+            self._source = task
+            self._outcome = name
+            self._extra = None
+            self._kind = TASK
+        unlock(self)
         if type(request) is tuple:
             task.cancel(*request)
         return 0
@@ -1640,9 +1898,10 @@ cdef class Unfuture(_Item):
     cdef int ended_at_once(self, task) except -1:
         """In the ambient loop: its coroutine's first step was its last."""
         request = None
-        with cython.critical_section(self):
-            if self._status == RUNNING and self._kind == COROUTINE:
-                request = self._extra
+        lock(self)
+        if self._status == RUNNING and self._kind == COROUTINE:
+            request = self._extra
+        unlock(self)
         if type(request) is tuple and not task.cancelled() and task.exception() is None:
             # As in asyncio: a task that cancels itself and then returns is cancelled.
             self.complete(CANCELLED, request[0], ANY)
@@ -1663,15 +1922,18 @@ cdef class Unfuture(_Item):
         """In the ambient loop: starts the coroutine behind it, or calls the continuation."""
         cdef int kind = NOTHING
         source = function = context = None
-        with cython.critical_section(self):
-            if self._status == PENDING:
-                store(&self._status, RUNNING)
-                kind = self._kind
-                source = self._source
-                function = self._outcome
-                context = self._extra
+        lock(self)
+        if self._status == PENDING:
+            store(&self._status, RUNNING)
+            kind = self._kind
+            source = self._source
+            function = self._outcome
+            context = self._extra
+        unlock(self)
         if kind == NOTHING:
+            mailbox.count_ended(self)
             return 0
+        mailbox.count_begun()
         if context is None:
             context = PyContext_New()
         if kind == COROUTINE:
@@ -1686,28 +1948,33 @@ cdef class Unfuture(_Item):
         self.complete(CANCELLED, None, ANY)
         return 0
 
-    cdef int resolve(self, result, context, Mailbox mailbox) except -1:
-        """In the ambient loop: finishes it with what a continuation returned, flattened."""
+    cdef bint resolve(self, result, context, Mailbox mailbox) except -1:
+        """In the ambient loop: finishes it with what a continuation returned, flattened.
+
+        Returns whether that was a coroutine, which has its turn now.
+        """
         if type(result) in plain_types:
             self.complete(FINISHED, result, ANY)
         elif isinstance(result, Unfuture):
             self.follow(result)
-        elif isfuture(result):
+        elif is_asyncio_future(result):
             self.follow(Unfuture(result))
         elif is_awaitable(result):
             coro = result if is_coroutine(result) else wait_for_awaitable(result)
             source = former = None
-            with cython.critical_section(self):
-                if self._status == RUNNING:
-                    source = self._source
-                    former = self._outcome
-                    self._source = coro
-                    self._outcome = None
-                    self._kind = COROUTINE
+            lock(self)
+            if self._status == RUNNING:
+                source = self._source
+                former = self._outcome
+                self._source = coro
+                self._outcome = None
+                self._kind = COROUTINE
+            unlock(self)
             mailbox.start(self, coro, context)
+            return True
         else:
             self.complete(FINISHED, result, ANY)
-        return 0
+        return False
 
     cdef int follow(self, Unfuture other) except -1:
         cdef bint pending = False
@@ -1716,15 +1983,16 @@ cdef class Unfuture(_Item):
             self.complete(FAILED, error, ANY)
             return 0
         source = former = None
-        with cython.critical_section(self):
-            if self._status < CANCELLED:
-                pending = True
-                track(self)
-                source = self._source
-                former = self._outcome
-                self._source = other
-                self._outcome = None
-                self._kind = UNFUTURE
+        lock(self)
+        if self._status < CANCELLED:
+            pending = True
+            track(self)
+            source = self._source
+            former = self._outcome
+            self._source = other
+            self._outcome = None
+            self._kind = UNFUTURE
+        unlock(self)
         if not pending:
             return 0
         cdef _Follower follower = _Follower.__new__(_Follower)
@@ -1735,20 +2003,25 @@ cdef class Unfuture(_Item):
                 fire_all(passed[0], passed[1])
         return 0
 
-    cdef int work(self) except -1:
-        """In a worker thread: runs the function behind it, unless it was cancelled."""
+    cdef bint work(self) except -1:
+        """In a worker thread: runs the function behind it, unless it was cancelled.
+
+        Returns whether it began.
+        """
         cdef bint begun = False
+        cdef int status = FINISHED
         function = arguments = context = None
-        with cython.critical_section(self):
-            if self._status == PENDING:
-                store(&self._status, RUNNING)
-                begun = True
-                function = self._source
-                arguments = self._outcome
-                context = self._extra
-                self._outcome = self._extra = None
+        lock(self)
+        if self._status == PENDING:
+            store(&self._status, RUNNING)
+            begun = True
+            function = self._source
+            arguments = self._outcome
+            context = self._extra
+            self._outcome = self._extra = None
+        unlock(self)
         if not begun:
-            return 0
+            return False
         if context is None:
             context = PyContext_New()
         try:
@@ -1762,47 +2035,51 @@ cdef class Unfuture(_Item):
                 PyContext_Exit(context)
         except AsyncioCancelledError as exc:
             # What it waited for was cancelled.
-            self.complete(CANCELLED, exc.args[0] if exc.args else None, ANY)
+            status = CANCELLED
+            result = exc.args[0] if exc.args else None
         except BaseException as exc:
-            self.complete(FAILED, exc, ANY)
-        else:
-            self.complete(FINISHED, result, ANY)
-        return 0
+            status = FAILED
+            result = exc
+        # Out here: as long as an exception is being handled, this thread looks at its traceback
+        # now and then, and whoever waits is about to change that.
+        self.complete(status, result, ANY)
+        return True
 
     cdef bint add_waiter(self, _Item waiter) except -1:
         """Adds to the chain; False if it is done, and the caller must fire the waiter itself."""
         cdef bint added = False
         self.check_fork()
-        with cython.critical_section(self):
-            if self._status < CANCELLED:
-                waiter.link = self._chain
-                self._chain = waiter
-                added = True
+        lock(self)
+        if self._status < CANCELLED:
+            waiter.link = self._chain
+            self._chain = waiter
+            added = True
+        unlock(self)
         return added
 
     cdef bint remove_waiter(self, _Item waiter) except -1:
         """Takes one out of the chain; False if it is not there any more."""
         cdef _Item before = None, link
         cdef bint found = False
-        with cython.critical_section(self):
-            link = self._chain
-            while link is not None:
-                if link is waiter:
-                    if before is None:
-                        self._chain = waiter.link
-                    else:
-                        before.link = waiter.link
-                    waiter.link = None
-                    found = True
-                    break
-                before = link
-                link = link.link
+        lock(self)
+        link = self._chain
+        while link is not None:
+            if link is waiter:
+                if before is None:
+                    self._chain = waiter.link
+                else:
+                    before.link = waiter.link
+                waiter.link = None
+                found = True
+                break
+            before = link
+            link = link.link
+        unlock(self)
         return found
 
     cdef int wait(self, timeout) except -1:
         """Blocks until it is done."""
-        cdef Mailbox mailbox = _home
-        if mailbox is not None and mailbox._thread_id == PyThread_get_thread_ident():
+        if is_in_home_thread():
             if not self.is_done():
                 raise would_deadlock_error(self)
             return 0
@@ -1811,7 +2088,10 @@ cdef class Unfuture(_Item):
         if not self.add_waiter(blocked):
             return 0
         try:
-            released = blocked.wait(timeout)
+            if this_worker is NULL:
+                released = blocked.wait(timeout)
+            else:
+                released = (<_Worker>this_worker).wait(self, blocked, timeout)
         finally:
             if not released:
                 self.remove_waiter(blocked)
@@ -1845,9 +2125,10 @@ cdef class Unfuture(_Item):
         source = None
         if load(&self._status) != RUNNING:
             return 0
-        with cython.critical_section(self):
-            kind = self._kind
-            source = self._source
+        lock(self)
+        kind = self._kind
+        source = self._source
+        unlock(self)
         if kind != TASK and kind != COROUTINE:
             return 0
         task = current_task(loop)
@@ -1863,6 +2144,15 @@ cdef class Unfuture(_Item):
             store(&self._unseen, False)
             raise awaited_exception(self._outcome.with_traceback(self._extra))
         raise cancelled_error(self._outcome, True)
+
+    def _behind(self):
+        """What its outcome hangs upon, if that is an Unfuture or a task."""
+        cdef int kind
+        lock(self)
+        kind = self._kind
+        source = self._source
+        unlock(self)
+        return source if kind == TASK or CONTINUATION <= kind <= UNFUTURE else None
 
     # What the two parents' modules look for.
 
@@ -1880,14 +2170,15 @@ cdef class Unfuture(_Item):
 
     cdef waiting_side(self):
         self.check_fork()
-        side = Waiters()  # made out here: see the head of this file
-        with cython.critical_section(self):
-            track(self)
-            if self._side is None:
-                self._side = side
-            if self._status == CANCELLED:
-                # No executor will come to say so, and concurrent.futures.wait() would wait for it.
-                store(&self._status, CANCELLED_AND_NOTIFIED)
+        side = Waiters(pool_wait)  # made out here: see the head of this file
+        lock(self)
+        track(self)
+        if self._side is None:
+            self._side = side
+        if self._status == CANCELLED:
+            # No executor will come to say so, and concurrent.futures.wait() would wait for it.
+            store(&self._status, CANCELLED_AND_NOTIFIED)
+        unlock(self)
         return self.side()
 
     @property
@@ -1901,11 +2192,12 @@ cdef class Unfuture(_Item):
 
     def __repr__(self):
         cdef int status, kind
-        with cython.critical_section(self):
-            status = self._status
-            kind = self._kind
-            source = self._source
-            outcome = self._outcome
+        lock(self)
+        status = self._status
+        kind = self._kind
+        source = self._source
+        outcome = self._outcome
+        unlock(self)
         behind = name_behind(kind, source, outcome)
         if behind is None:
             behind = source
@@ -1933,38 +2225,105 @@ cdef class Unfuture(_Item):
             store(&self._unseen, False)
             if report_unseen_failure is None:
                 return  # the interpreter has taken its modules apart
-            mailbox = _home
+            mailbox = home_now()
             loop = None if mailbox is None else mailbox._loop()
             report_unseen_failure(self, self._outcome, loop)
+
+
+def calls_elsewhere(str name, Py_ssize_t count):
+    """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
+
+    Whoever makes the calls holds them until they are done.
+    """
+    cdef Unfuture unfuture
+    cdef list calls = []
+    for _ in range(count):
+        unfuture = blank_on_its_way()
+        unfuture._source = name
+        unfuture._kind = NAME
+        calls.append(unfuture)
+    return calls
+
+
+def finish_calls(list calls, list results):
+    """Gives each its result, unless it is done; those that there is no result for stay."""
+    cdef Unfuture unfuture
+    for unfuture, result in zip(calls, results):
+        unfuture.complete(FINISHED, result, ANY)
 
 
 @cython.final
 cdef class JobQueue(_Line):
     """The work of a pool's threads: jobs in the order they came, and the workers that are idle.
 
-    :param limit: how many workers there may be.
-    :param spawn: starts a thread that calls `work()`; called by the thread that submits.
+    A worker that waits for an Unfuture is made up for by a spare one, so that `limit` workers go on
+    with the queue.
+
+    :param limit: how many workers may be at work.
+    :param spawn: starts a thread that calls `work()`; called by the thread that submits, or by
+        a worker that is about to wait.
+    :param spares: how many workers there may be beyond `limit`.
+    :param room: how many jobs may wait for a worker, or -1 for any number. Those that come from the
+        queue's own workers are always let in: the workers might wait for them.
+    :param patient: whether `submit` waits for room, where no event loop runs.
     """
 
     cdef int _limit
+    cdef int _spares
     cdef object _spawn
     # These belong to the section, as does the line.
-    # What each idle worker waits on; the one that went idle last is woken first.
-    cdef list _parked
+    # What each idle worker waits on, by its link the one that went idle before it; and how many.
+    cdef _Blocked _parked
+    cdef int _idle
     cdef int _workers
+    # How many of them wait for an Unfuture, the last one that began to, and how many did ever.
+    cdef int _blocked
+    cdef _Worker _waiting
+    cdef long long _waits_begun
+    # How many jobs stand in the line, how many the workers are at, and how many were taken ever.
+    cdef long _queued
+    cdef int _running
+    cdef long long _taken
+    # How many were submitted, how many of those that ended had begun, and how they ended.
+    cdef long long _submitted
+    cdef long long _begun
+    cdef long long _finished
+    cdef long long _failed
+    cdef long long _cancelled
+    # The threads that wait for room.
+    cdef _Line _door
     cdef object _refuse
     # An event: closed, and no worker is left.
     cdef object _ended
+    cdef long _room
+    cdef bint _patient
 
-    def __init__(self, int limit, spawn):
+    def __init__(self, int limit, spawn, int spares=0, long room=-1, bint patient=False):
         self._limit = limit
+        self._spares = spares
         self._spawn = spawn
-        self._parked = []
+        self._room = room
+        self._patient = patient
+        self._door = _Line.__new__(_Line)
         self._ended = threading.Event()
+
+    cdef inline int missing(self) noexcept:
+        """In the section: how many more workers there should be at work; negative if too many."""
+        return self._limit - (self._workers - self._blocked - self._idle)
+
+    cdef inline _Blocked next_idle(self):
+        """In the section: an idle worker to wake, if there is one."""
+        cdef _Blocked idle = self._parked
+        if idle is not None:
+            self._parked = <_Blocked>idle.link
+            idle.link = None
+            self._idle -= 1
+        return idle
 
     def submit(self, function, tuple args, dict kwargs):
         """Has a worker call `function(*args, **kwargs)` in a copy of the current context.
 
+        :raises queue.Full: if there is no room, and it must not wait.
         :raises Exception: what `close` was told to refuse with, once the queue is closed.
         :raises RuntimeError: if there is no worker and none can be started.
         """
@@ -1974,7 +2333,7 @@ cdef class JobQueue(_Line):
         cdef Unfuture unfuture = blank_on_its_way()
         cdef _Keywords keywords
         cdef _Blocked idle = None
-        cdef bint spawn = False, lone
+        cdef bint spawn = False, full = False, lone
         refuse = None
         unfuture._source = function
         if kwargs:
@@ -1986,15 +2345,25 @@ cdef class JobQueue(_Line):
             unfuture._outcome = args
         unfuture._extra = copy_context()
         unfuture._kind = JOB
-        with cython.critical_section(self):
+        while True:
+            lock(self)
             refuse = self._refuse
-            if refuse is None:
+            full = refuse is None and self.is_full() and not self.is_own_worker()
+            if refuse is None and not full:
                 self.push(unfuture)
-                if self._parked:
-                    idle = <_Blocked>self._parked.pop()
-                elif self._workers < self._limit:
-                    self._workers += 1
-                    spawn = True
+                self._queued += 1
+                self._submitted += 1
+                if self._workers <= self._limit and self._blocked == 0:
+                    idle = self.next_idle()
+                    if idle is None and self._workers < self._limit:
+                        self._workers += 1
+                        spawn = True
+                else:
+                    idle = self.reinforce(&spawn)
+            unlock(self)
+            if not full:
+                break
+            self.wait_for_room()
         if refuse is not None:
             raise refuse()
         lone = is_lone_call()
@@ -2004,7 +2373,170 @@ cdef class JobQueue(_Line):
             self.add_worker(unfuture)
         return unfuture
 
+    cdef inline bint is_full(self) noexcept:
+        """In the section."""
+        if self._room < 0:
+            return False
+        # What waits for a worker, beyond those that are about to be taken.
+        return self._queued + self._running - self._blocked >= self._limit + self._room
+
+    cdef inline bint is_own_worker(self) noexcept:
+        return this_worker is not NULL and (<_Worker>this_worker).queue is self
+
+    cdef int wait_for_room(self) except -1:
+        """Returns when it is worth another try."""
+        cdef _Blocked blocked
+        cdef bint full = False
+        if self.drop_cancelled():
+            return 0
+        if not self._patient or running_loop() is not None:
+            raise full_error(self._limit, self._room, self._patient)
+        blocked = _Blocked.__new__(_Blocked)
+        lock(self)
+        full = self.is_full() and self._refuse is None
+        if full:
+            self._door.push(blocked)
+        unlock(self)
+        if not full:
+            return 0
+        with pool_wait():  # it may be another pool's thread
+            try:
+                blocked.wait(None)
+            except BaseException:
+                lock(self)
+                blocked.gone = True
+                unlock(self)
+                self.open_door()  # it may have been let in already
+                raise
+        return 0
+
+    cdef int open_door(self) except -1:
+        """Lets in the first of those that wait for room, if there is some."""
+        cdef _Blocked first = None
+        if self._room < 0:
+            return 0
+        lock(self)
+        if not self.is_full():
+            first = <_Blocked>self._door.pop()
+            while first is not None and first.gone:
+                first = <_Blocked>self._door.pop()
+        unlock(self)
+        if first is not None:
+            PyThread_release_lock(first.lock)
+        return 0
+
+    cdef bint drop_cancelled(self) except -1:
+        """Whether some of the line were cancelled, and so make room."""
+        cdef _Item item = None, following = None, dropped = None
+        lock(self)
+        item = self._first
+        self._first = self._last = None
+        while item is not None:
+            following = item.link
+            item.link = None
+            if load(&(<Unfuture>item)._status) < CANCELLED:
+                self.push(item)
+            else:
+                self._queued -= 1
+                self._cancelled += 1
+                item.link = dropped
+                dropped = item
+            item = following
+        unlock(self)
+        if dropped is None:
+            return False
+        while dropped is not None:
+            following = dropped.link
+            dropped.link = None
+            dropped = following
+        return True
+
+    cdef _Blocked reinforce(self, bint *spawn):
+        """In the section, where some workers wait: one to wake for the line, or one to start."""
+        cdef _Blocked idle = None
+        if self._first is not None and self.missing() > 0:
+            idle = self.next_idle()
+            if idle is None and self._workers < self._limit + self._spares:
+                self._workers += 1
+                spawn[0] = True
+        return idle
+
+    cdef relieve(self):
+        """Called by a worker that waits or ends: has another one go on with the line.
+
+        Returns why none could be started.
+        """
+        cdef _Blocked idle = None
+        cdef bint spawn = False
+        lock(self)
+        idle = self.reinforce(&spawn)
+        unlock(self)
+        return self.send_for(idle, spawn)
+
+    cdef send_for(self, _Blocked idle, bint spawn):
+        """Wakes or starts the worker that `reinforce` asked for; returns why it cannot."""
+        if idle is not None:
+            PyThread_release_lock(idle.lock)
+        elif spawn:
+            try:
+                self._spawn()
+            except Exception as exc:
+                # Whoever waits without a worker at work looks again: see `_Worker.wait`.
+                self.end_worker(False)
+                return exc
+        return None
+
+    cdef bint is_stuck(self) except -1:
+        """Whether no worker is at work, and all wait for jobs that stand in the line."""
+        cdef _Worker worker = None, following
+        cdef _Item item = None
+        cdef Unfuture job, awaited
+        cdef long long taken, waits_begun
+        cdef int blocked
+        cdef bint at_work = False
+        lock(self)
+        taken = self._taken
+        waits_begun = self._waits_begun
+        blocked = self._blocked
+        worker = self._waiting
+        item = self._first
+        at_work = self._workers > self._blocked + self._idle
+        unlock(self)
+        if at_work or item is None:
+            return False
+        # Step by step: see the head of this file. If anything moves meanwhile, it shows in the end.
+        queued = {}
+        while item is not None:
+            queued[id(item)] = item
+            lock(self)
+            item = item.link
+            unlock(self)
+        waits = []
+        while worker is not None:
+            following = awaited = job = None
+            lock(self)
+            awaited = worker.awaited
+            job = worker.job
+            following = worker.before
+            unlock(self)
+            if awaited is None:
+                return False
+            waits.append((job, awaited))
+            worker = following
+        if not waits_for_ever(Unfuture, queued, waits):
+            return False
+        lock(self)
+        at_work = (
+            taken != self._taken
+            or waits_begun != self._waits_begun
+            or blocked != self._blocked
+            or self._workers > self._blocked + self._idle
+        )
+        unlock(self)
+        return not at_work
+
     cdef int add_worker(self, Unfuture unfuture) except -1:
+        cdef Py_ssize_t others
         try:
             self._spawn()
         except BaseException as exc:
@@ -2015,6 +2547,11 @@ cdef class JobQueue(_Line):
             for other in stranded:
                 if other is not unfuture:
                     other._complete(FAILED, exc)
+            others = len(stranded) - 1
+            lock(self)
+            self._submitted -= 1  # this one's caller hears of it at once
+            self._failed += others
+            unlock(self)
             raise
         return 0
 
@@ -2022,12 +2559,16 @@ cdef class JobQueue(_Line):
         """Counts one worker less; if the last one failed, returns the jobs that nobody will do."""
         cdef list stranded = []
         cdef bint ended = False
-        with cython.critical_section(self):
+        lock(self)
+        try:
             self._workers -= 1
             if self._workers == 0:
                 while failed and self._first is not None:
                     stranded.append(self.pop())
+                    self._queued -= 1
                 ended = self._refuse is not None
+        finally:
+            unlock(self)
         if ended:
             self._ended.set()
         return stranded
@@ -2037,28 +2578,108 @@ cdef class JobQueue(_Line):
 
         :raises BaseException: what `prepare` raised; then no job was taken.
         """
+        global this_worker
+        cdef _Worker worker = _Worker.__new__(_Worker)
         cdef _Blocked parking = _Blocked.__new__(_Blocked)
-        cdef Unfuture unfuture
-        cdef bint end = False
+        cdef Unfuture unfuture, done
+        cdef bint end = False, counted = True, begun = False
+        worker.queue = self
         try:
             if prepare is not None:
                 prepare()
+        except BaseException:
+            self.end_worker(False)
+            raise
+        try:
+            this_worker = <PyObject *>worker
             while True:
-                with cython.critical_section(self):
+                if worker.waits:
+                    worker.end_all_waits()  # of a loop that was left
+                lock(self)
+                unfuture = None
+                # When those that waited go on, there are too many.
+                if (
+                    self._workers <= self._limit
+                    or self.missing() >= 0
+                    or self._refuse is not None
+                ):
                     unfuture = <Unfuture>self.pop()
                     note_idle(self._first is None)
-                    if unfuture is None:
-                        end = self._refuse is not None
-                        if not end:
-                            self._parked.append(parking)
                 if unfuture is not None:
-                    unfuture.work()
+                    self._taken += 1
+                    self._queued -= 1
+                    self._running += 1
+                elif self._refuse is not None:
+                    end = True
+                elif self._idle < self._limit:
+                    parking.link = self._parked
+                    self._parked = parking
+                    self._idle += 1
+                else:
+                    self._workers -= 1
+                    counted = False
+                    end = True
+                done = worker.job
+                worker.job = unfuture
+                if done is not None:
+                    self.count_ended(done, begun)
+                unlock(self)
+                done = None
+                self.open_door()
+                if unfuture is not None:
+                    begun = True
+                    begun = unfuture.work()
                 elif end:
                     return
                 else:
                     parking.wait(None)
+        except BaseException as exc:
+            # Nothing of ours raises here: somebody raised it in this thread from outside.
+            logger.critical("a worker was killed, another one takes its place", exc_info=True)
+            if worker.job is not None:
+                worker.job.complete(FAILED, exc, ANY)
+                lock(self)
+                self.count_ended(worker.job, begun)
+                unlock(self)
         finally:
-            self.end_worker(False)
+            this_worker = NULL
+            if counted:
+                self.end_worker(False)
+                self.relieve()
+
+    cdef inline void count_ended(self, Unfuture unfuture, bint begun) noexcept:
+        """In the section: a worker is through with it."""
+        self._running -= 1
+        self._begun += begun
+        self.count_outcome(unfuture)
+
+    cdef inline void count_outcome(self, Unfuture unfuture) noexcept:
+        """In the section."""
+        cdef int status = load(&unfuture._status)
+        if status == FINISHED:
+            self._finished += 1
+        elif status == FAILED:
+            self._failed += 1
+        else:
+            self._cancelled += 1
+
+    def counts(self):
+        """For `unsync.stats()`: see `QueueCounts`."""
+        cdef long long begun, finished, failed, cancelled, pending
+        cdef long queued
+        cdef int workers, idle, waiting
+        lock(self)
+        begun = self._begun + self._running
+        finished = self._finished
+        failed = self._failed
+        cancelled = self._cancelled
+        pending = self._submitted - finished - failed - cancelled
+        queued = self._queued
+        workers = self._workers
+        idle = self._idle
+        waiting = self._blocked
+        unlock(self)
+        return (begun, finished, failed, cancelled, pending), queued, workers, idle, waiting
 
     def wait(self, timeout):
         """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
@@ -2069,24 +2690,35 @@ cdef class JobQueue(_Line):
 
     def close(self, refuse):
         """Refuses further jobs with `refuse()`; the workers end when the queue is empty."""
-        cdef _Blocked parking
+        cdef _Blocked parking = None, following
         cdef bint ended = False
-        parked = []
-        with cython.critical_section(self):
-            if self._refuse is None:
-                self._refuse = refuse
-            ended = self._workers == 0
-            parked, self._parked = self._parked, parked
+        cdef _Line door = _Line.__new__(_Line)
+        lock(self)
+        if self._refuse is None:
+            self._refuse = refuse
+        ended = self._workers == 0
+        parking, self._parked = self._parked, parking
+        self._idle = 0
+        door, self._door = self._door, door
+        unlock(self)
         if ended:
             self._ended.set()
-        for parking in parked:
+        while parking is not None:
+            following = <_Blocked>parking.link
+            parking.link = None
             PyThread_release_lock(parking.lock)
+            parking = following
+        parking = <_Blocked>door.pop()
+        while parking is not None:
+            PyThread_release_lock(parking.lock)
+            parking = <_Blocked>door.pop()
 
     def cancel_all(self):
         """Cancels the jobs that have not begun."""
         cdef Unfuture unfuture = self.take()
         while unfuture is not None:
             unfuture.cancel()
+            self.count_taken(unfuture)
             unfuture = self.take()
 
     def fail_all(self, error):
@@ -2094,20 +2726,156 @@ cdef class JobQueue(_Line):
         cdef Unfuture unfuture = self.take()
         while unfuture is not None:
             unfuture.complete(FAILED, error, ANY)
+            self.count_taken(unfuture)
             unfuture = self.take()
+
+    cdef int count_taken(self, Unfuture unfuture) except -1:
+        lock(self)
+        self.count_outcome(unfuture)
+        unlock(self)
+        return 0
 
     cdef Unfuture take(self):
         cdef Unfuture unfuture = None
-        with cython.critical_section(self):
-            unfuture = <Unfuture>self.pop()
+        lock(self)
+        unfuture = <Unfuture>self.pop()
+        if unfuture is not None:
+            self._queued -= 1
+        unlock(self)
         return unfuture
 
     def after_fork(self):
         """In the child: the workers, and the jobs that waited for them, stayed with the parent."""
+        cdef _Worker worker
+        renew_lock(self)  # another thread may have had it
         while self.take() is not None:
             pass
-        self._parked = []
-        self._workers = 0
+        worker = self._waiting
+        while worker is not None:
+            worker.waits = 0
+            worker = worker.before
+        self._parked = self._waiting = None
+        self._workers = self._idle = self._blocked = self._running = 0
+        self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
+        self._door = _Line.__new__(_Line)
+
+
+@cython.final
+cdef class _Worker:
+    """A thread of a pool, and the waits it is in."""
+
+    cdef JobQueue queue
+    # These belong to its own thread. There is more than one wait in a loop of its own, with many
+    # tasks. Why no spare worker could be started for the last one, if so.
+    cdef int waits
+    cdef object failure
+    # These belong to the queue's section: what it works on, and what it waits for.
+    cdef Unfuture job
+    cdef Unfuture awaited
+    # As do its neighbours in the list of those that wait. The later one holds this one.
+    cdef _Worker before
+    cdef PyObject *after
+
+    cdef int begin_wait(self, Unfuture unfuture) except -1:
+        """Called before it waits for `unfuture`, or None for something unknown."""
+        cdef JobQueue queue = self.queue
+        cdef _Blocked idle = None
+        cdef bint spawn = False
+        self.waits += 1
+        if self.waits > 1:
+            return 0
+        # At once: in between there may be no worker at work, and no reason to worry.
+        lock(queue)
+        queue._blocked += 1
+        self.before = queue._waiting
+        if self.before is not None:
+            self.before.after = <PyObject *>self
+        queue._waiting = self
+        queue._waits_begun += 1
+        self.awaited = unfuture
+        idle = queue.reinforce(&spawn)
+        unlock(queue)
+        self.failure = queue.send_for(idle, spawn)
+        queue.open_door()
+        return 0
+
+    cdef int end_wait(self) except -1:
+        if self.waits:
+            self.waits -= 1
+            if self.waits == 0:
+                self.go_on()
+        return 0
+
+    cdef int end_all_waits(self) except -1:
+        self.waits = 0
+        self.go_on()
+        return 0
+
+    cdef int go_on(self) except -1:
+        cdef JobQueue queue = self.queue
+        cdef Unfuture awaited = None
+        cdef _Worker before
+        lock(queue)
+        queue._blocked -= 1
+        before = self.before
+        if before is not None:
+            before.after = self.after
+        if self.after is NULL:
+            queue._waiting = before
+        else:
+            (<_Worker>self.after).before = before
+        self.before = None
+        self.after = NULL
+        self.awaited, awaited = awaited, self.awaited
+        unlock(queue)
+        queue.open_door()
+        return 0
+
+    cdef bint wait(self, Unfuture unfuture, _Blocked blocked, timeout) except -1:
+        """Waits in `blocked`, with a spare worker in its place; False after `timeout` seconds.
+
+        :raises RuntimeError: if there is none, and the pool would wait for ever.
+        """
+        cdef JobQueue queue = self.queue
+        cdef bint at_work = True
+        cdef double until = 0
+        if timeout is not None:
+            until = <double>monotonic() + min(max(<double>timeout, 0.0), LONGEST_WAIT)
+        self.begin_wait(unfuture)
+        try:
+            while True:
+                lock(queue)
+                at_work = queue._workers > queue._blocked + queue._idle
+                unlock(queue)
+                if at_work or self.waits > 1:
+                    break
+                # Nobody else would see to the line. What is waited for may come to hang upon it
+                # later on, as when a coroutine calls a function.
+                if queue.is_stuck() and not unfuture.is_done():
+                    raise exhausted_error(queue._workers, unfuture, self.failure)
+                left = LOOK_AGAIN_SECONDS
+                if timeout is not None:
+                    left = min(left, until - <double>monotonic())
+                if blocked.wait(left):
+                    return True
+                if timeout is not None and <double>monotonic() >= until:
+                    return False
+                self.failure = queue.relieve()
+            return blocked.wait(None if timeout is None else until - <double>monotonic())
+        finally:
+            self.end_wait()
+
+
+class pool_wait:
+    """Around a wait that is none for an Unfuture; nothing in a thread that is not a pool's."""
+
+    def __enter__(self):
+        if this_worker is not NULL:
+            (<_Worker>this_worker).begin_wait(None)
+
+    def __exit__(self, *_):
+        if this_worker is not NULL:
+            (<_Worker>this_worker).end_wait()
 
 
 @cython.final
@@ -2132,8 +2900,9 @@ cdef class Route:
 
     @property
     def submit(self):
-        with cython.critical_section(self):
-            submit = self._submit
+        lock(self)
+        submit = self._submit
+        unlock(self)
         return submit
 
     @submit.setter
@@ -2141,26 +2910,29 @@ cdef class Route:
         queue = getattr(submit, "__self__", None)
         if type(queue) is not JobQueue:
             queue = None
-        with cython.critical_section(self):
-            self._submit, submit = submit, self._submit
-            self._queue, queue = queue, self._queue
+        lock(self)
+        self._submit, submit = submit, self._submit
+        self._queue, queue = queue, self._queue
+        unlock(self)
 
     cdef send(self, function, tuple args, dict kwargs):
         cdef JobQueue queue, queue_now
         while True:
             submit = submit_now = None
-            with cython.critical_section(self):
-                queue = self._queue
-                submit = self._submit
+            lock(self)
+            queue = self._queue
+            submit = self._submit
+            unlock(self)
             try:
                 if queue is not None:
                     return queue.put(function, args, kwargs)
                 return submit(function, args, {} if kwargs is None else kwargs)
             except RuntimeError:
                 # Was the executor shut down and replaced after `submit` had been read?
-                with cython.critical_section(self):
-                    queue_now = self._queue
-                    submit_now = self._submit
+                lock(self)
+                queue_now = self._queue
+                submit_now = self._submit
+                unlock(self)
                 if queue_now is queue and submit_now == submit:
                     raise
 
@@ -2211,11 +2983,11 @@ cdef class Launcher:
 
 cdef inline Unfuture launch_coroutine(Mailbox mailbox, coro):
     cdef Unfuture unfuture = blank_on_its_way()
+    unfuture._extra = copy_context()
+    unfuture._source = coro
+    unfuture._kind = COROUTINE
     if PyCoro_CheckExact(coro):
         PyObject_GC_UnTrack(<PyObject *>coro)
-    unfuture._source = coro
-    unfuture._extra = copy_context()
-    unfuture._kind = COROUTINE
     mailbox.post(unfuture)
     return unfuture
 

@@ -44,11 +44,14 @@ from unsync._common import (
     CANCELLED_AND_NOTIFIED,
     FAILED,
     FINISHED,
+    LOOK_AGAIN_SECONDS,
     PENDING,
     PLAIN_TYPES,
     RUNNING,
     STATE_NAMES,
+    MailboxCounts,
     Mirror,
+    QueueCounts,
     TimedOutError,
     Waiters,
     already_done_error,
@@ -58,6 +61,9 @@ from unsync._common import (
     check_exception,
     close_unstarted,
     describe,
+    exhausted_error,
+    full_error,
+    is_asyncio_future,
     is_awaitable,
     is_coroutine,
     log_failed_callback,
@@ -68,10 +74,12 @@ from unsync._common import (
     outcome_of_asyncio,
     rebuild,
     report_failed_callback,
+    report_slow,
     report_unseen_failure,
     running_loop,
     thrown,
     wait_for_awaitable,
+    waits_for_ever,
     would_deadlock_error,
 )
 from unsync._views import asyncio_view, concurrent_view
@@ -86,6 +94,8 @@ __all__ = [
     "Route",
     "Unfuture",
     "after_fork",
+    "calls_elsewhere",
+    "finish_calls",
     "in_home_thread",
     "set_home",
     "when_done",
@@ -108,6 +118,9 @@ STARTS_IN_A_TURN = 256
 _generation = 0
 # Guards the moment when a child first looks at one of its parent's Unfutures.
 _fork_lock = threading.RLock()
+
+# The worker that the calling thread is, if it is one.
+_this = threading.local()
 
 _home: Mailbox | None = None
 _start_home: Callable[[], Mailbox] | None = None
@@ -141,6 +154,7 @@ def after_fork() -> None:
     global _generation, _fork_lock
     _generation += 1
     _fork_lock = threading.RLock()
+    _this.worker = None  # its queue has no workers here
 
 
 def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox:
@@ -170,13 +184,24 @@ class Mailbox:
 
     __slots__ = (
         "__weakref__",
+        "_abandoned",
         "_armed",
+        "_arrived",
+        "_begun",
         "_bell",
         "_bell_lock",
+        "_busy_since",
+        "_cancelled",
         "_debug",
+        "_drains",
+        "_failed",
+        "_finished",
         "_items",
+        "_lag",
         "_loop",
         "_starts",
+        "_taken",
+        "_woken_at",
         "live",
         "starting",
         "thread_id",
@@ -196,6 +221,17 @@ class Mailbox:
         self.starting: list[Unfuture[Any]] = []
         # How many awaited calls were started there and then, in this turn of the loop.
         self._starts = 0
+        # When the loop was woken; None once it has come.
+        self._woken_at: float | None = None
+        # What follows is counted and set by the loop's thread: how often it came, how many items it
+        # took, how many of those were calls, and how many began and ended; how long it took to come
+        # the last time, and since when it has been at work here.
+        self._drains = self._taken = self._arrived = 0
+        self._begun = self._finished = self._failed = self._cancelled = 0
+        self._lag = 0.0
+        self._busy_since: float | None = None
+        # By whoever closes it.
+        self._abandoned = 0
         # Whether the loop is in debug mode, while the box is drained.
         self._debug = False
         # The eventfd that wakes the loop, if there is one; guarded by the lock, a reentrant one,
@@ -216,6 +252,7 @@ class Mailbox:
 
     def _wake(self) -> None:
         loop = self._loop()
+        self._woken_at = monotonic()
         try:
             if loop is None:
                 self.close()
@@ -286,7 +323,13 @@ class Mailbox:
         del loop
         self._starts = 0
         items = self._items
-        until = monotonic() + DRAIN_SECONDS
+        now = monotonic()
+        until = now + DRAIN_SECONDS
+        self._drains += 1
+        if self._woken_at is not None:
+            self._lag = now - self._woken_at
+            self._woken_at = None
+        self._busy_since = now
         try:
             while True:
                 for _ in range(DRAIN_STRIDE):
@@ -295,7 +338,11 @@ class Mailbox:
                         if not items:
                             return
                         self._armed = True
-                    items.popleft()._arrive(self)
+                    self._taken += 1
+                    if self._debug:
+                        self._time(items.popleft())
+                    else:
+                        items.popleft()._arrive(self)
                 if monotonic() >= until:
                     break
         except BaseException:
@@ -303,7 +350,53 @@ class Mailbox:
             # other items must not suffer.
             self._wake()
             raise
+        finally:
+            self._busy_since = None
         self._wake()
+
+    def _count_ended(self, unfuture: Unfuture[Any]) -> None:
+        """In the loop's thread: this is how it ended; if it is not done, it waits for another."""
+        status = unfuture._status
+        if status == FAILED:
+            self._failed += 1
+        elif CANCELLED <= status <= CANCELLED_AND_NOTIFIED:
+            self._cancelled += 1
+        else:
+            self._finished += 1
+
+    def counts(self) -> MailboxCounts:
+        """For `unsync.stats()`: see `MailboxCounts`."""
+        while True:
+            try:
+                left = list(self._items)
+                break
+            except RuntimeError:  # it changed meanwhile
+                continue
+        calls = sum(isinstance(item, (Unfuture, _Continuation)) for item in left)
+        finished, failed = self._finished, self._failed
+        cancelled = self._cancelled + self._abandoned
+        pending = self._arrived + calls - finished - failed - self._cancelled
+        lag = self._lag
+        since = self._woken_at or self._busy_since
+        if left and since is not None:
+            lag = max(lag, monotonic() - since)
+        saved = self._taken + len(left) - self._drains
+        sums = self._begun, finished, failed, cancelled, max(pending, 0), self._drains, saved
+        return sums, len(left), lag
+
+    def _time(self, item: Any) -> None:
+        """In debug mode: the loop itself could only name the mailbox."""
+        begun = monotonic()
+        try:
+            item._arrive(self)
+        finally:
+            if isinstance(item, _Park):
+                what = getattr(item._wakeup, "__self__", item)  # the task that went on
+            else:
+                what = getattr(item, "target", item)
+            loop = self._loop()
+            if loop is not None:
+                report_slow(loop, what, monotonic() - begun)
 
     def _start_now(self, unfuture: Unfuture[Any]) -> None:
         """For an `await` in the loop itself: starts what is awaited there and then.
@@ -323,6 +416,7 @@ class Mailbox:
             items.appendleft(item)
             return
         self._starts += 1
+        self._taken += 1
         unfuture._arrive(self)
 
     def close(self) -> None:
@@ -333,6 +427,7 @@ class Mailbox:
                 item = self._items.popleft()
             except IndexError:
                 return
+            self._abandoned += isinstance(item, (Unfuture, _Continuation))
             item._abandon()
 
     def _start(
@@ -349,9 +444,11 @@ class Mailbox:
             # refused: the caller hears of it, the loop goes on.
             close_unstarted(coro)
             unfuture._complete(FAILED, exc)
+            self._count_ended(unfuture)
         else:
             if task.done():
                 unfuture._ended_at_once(task)
+                self._count_ended(unfuture)
             else:
                 self.live[task] = unfuture
                 unfuture._started(task)
@@ -364,6 +461,7 @@ class Mailbox:
     def _task_done(self, unfuture: Unfuture[Any], task: asyncio.Task[Any]) -> None:
         self.live.pop(task, None)
         unfuture._complete(*outcome_of_asyncio(task))
+        self._count_ended(unfuture)
 
 
 def _make_task(
@@ -486,6 +584,12 @@ class _Blocked(_Waiter):
     def _fire(self, unfuture: Unfuture[Any]) -> None:
         self.lock.release()
 
+    def wait(self, timeout: float | None) -> bool:
+        """Blocks until it is fired; False after `timeout` seconds."""
+        if timeout is None:
+            return self.lock.acquire()
+        return self.lock.acquire(True, min(max(timeout, 0), threading.TIMEOUT_MAX))
+
 
 @final
 class _Callback(_Waiter):
@@ -587,10 +691,13 @@ class _Park(_Waiter):
         "_mailbox",
         "_unfuture",
         "_wakeup",
+        "_worker",
     )
 
     def __init__(self, unfuture: Unfuture[Any]) -> None:
         self._next = None
+        # Whose thread the loop runs in, and waits there, if it is a worker.
+        self._worker: _Worker | None = None
         self._unfuture = unfuture
         self._begun = self._ended = False
         self._asyncio_future_blocking = False
@@ -660,9 +767,25 @@ class _Park(_Waiter):
         self._context = copy_context() if context is None else context
         if not self._unfuture._add_waiter(self):
             self._loop.call_soon(function, self, context=self._context)
+            return
+        worker = _this_worker()
+        if worker is not None:
+            self._worker = worker
+            worker.begin_wait(self._unfuture)
 
     def remove_done_callback(self, function: Callable[[_Park], object]) -> int:
-        return self._unfuture._remove_waiter(self)
+        removed = self._unfuture._remove_waiter(self)
+        if removed:
+            self._end_wait()
+        return removed
+
+    def _end_wait(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end_wait()
+
+    def _behind(self) -> Unfuture[Any]:
+        return self._unfuture
 
     def cancel(self, msg: object = None) -> bool:
         return self._unfuture.cancel(msg)
@@ -677,12 +800,14 @@ class _Park(_Waiter):
 
     def _fire(self, unfuture: Unfuture[Any]) -> None:
         if running_loop() is self._loop:
+            self._end_wait()
             self._loop.call_soon(self._wakeup, self, context=self._context)
         else:
             self._mailbox._post(self)
 
     def _arrive(self, mailbox: Mailbox) -> None:
         try:
+            self._end_wait()
             self._context.run(self._wakeup, self)
         finally:
             del self  # a failure's traceback may lead to this frame
@@ -736,19 +861,25 @@ class _Continuation(_Waiter):
 
     def _arrive(self, mailbox: Mailbox) -> None:
         target = self.target
+        mailbox._arrived += 1
+        went_on = False
         if not target._begin():
+            mailbox._count_ended(target)
             return
+        mailbox._begun += 1
         argument = self.source._outcome if self.by_value else self.source
         context = self.context
         try:
             result = context.run(self.function, argument)
             # In here as well: nobody else would finish the target if this failed.
-            target._resolve(result, context, mailbox)
+            went_on = target._resolve(result, context, mailbox)
         except asyncio.CancelledError as exc:
             target._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
             target._complete(FAILED, exc)
         finally:
+            if not went_on:
+                mailbox._count_ended(target)
             del self, target  # an error's traceback holds this frame
 
     def _abandon(self) -> None:
@@ -1331,24 +1462,31 @@ class Unfuture(Generic[T]):
     def _arrive(self, mailbox: Mailbox) -> None:
         """In the ambient loop: starts the coroutine behind it."""
         source = self._source
+        mailbox._arrived += 1
         try:
             if self._begin():
                 assert isinstance(source, _Call)
+                mailbox._begun += 1
                 mailbox._start(self, source.coro, source.context)
+            else:
+                mailbox._count_ended(self)
         finally:
             del self  # a failure's traceback may lead to this frame
 
     def _abandon(self) -> None:
         self._complete(CANCELLED, None)
 
-    def _resolve(self, result: Any, context: Context, mailbox: Mailbox) -> None:
-        """In the ambient loop: finishes it with what a continuation returned, flattened."""
+    def _resolve(self, result: Any, context: Context, mailbox: Mailbox) -> bool:
+        """In the ambient loop: finishes it with what a continuation returned, flattened.
+
+        Returns whether that was a coroutine, which has its turn now.
+        """
         try:
             if type(result) in PLAIN_TYPES:
                 self._complete(FINISHED, result)
             elif isinstance(result, Unfuture):
                 self._follow(result)
-            elif asyncio.isfuture(result):
+            elif is_asyncio_future(result):
                 self._follow(Unfuture(result))
             elif is_awaitable(result):
                 coro = result if is_coroutine(result) else wait_for_awaitable(result)
@@ -1356,8 +1494,10 @@ class Unfuture(Generic[T]):
                     if self._status == RUNNING:
                         self._source = _Call(coro, context)
                 mailbox._start(self, coro, context)
+                return True
             else:
                 self._complete(FINISHED, result)
+            return False
         finally:
             del self  # a failure's traceback may lead to this frame
 
@@ -1377,11 +1517,14 @@ class Unfuture(Generic[T]):
             if passed is not None:
                 _fire_all(*passed)
 
-    def _work(self) -> None:
-        """In a worker thread: runs the function behind it, unless it was cancelled."""
+    def _work(self) -> bool:
+        """In a worker thread: runs the function behind it, unless it was cancelled.
+
+        Returns whether it began.
+        """
         job = self._source
         if not self._begin():
-            return
+            return False
         assert isinstance(job, _Job)
         with self._lock:
             self._source = name_of(job.function)
@@ -1398,6 +1541,7 @@ class Unfuture(Generic[T]):
         finally:
             # The error's traceback holds this frame.
             del self, job
+        return True
 
     def _add_waiter(self, waiter: _Waiter) -> bool:
         """Adds to the chain; False if it is done, and the caller must fire the waiter itself."""
@@ -1440,11 +1584,12 @@ class Unfuture(Generic[T]):
         if not self._add_waiter(blocked):
             return
         released = False
+        worker = _this_worker()
         try:
-            if timeout is None:
-                released = blocked.lock.acquire()
+            if worker is None:
+                released = blocked.wait(timeout)
             else:
-                released = blocked.lock.acquire(True, min(max(timeout, 0), threading.TIMEOUT_MAX))
+                released = worker.wait(self, blocked, timeout)
         finally:
             if not released:
                 self._remove_waiter(blocked)
@@ -1491,6 +1636,13 @@ class Unfuture(Generic[T]):
         finally:
             del self
 
+    def _behind(self) -> Any:
+        """What its outcome hangs upon, if that is an Unfuture or a task."""
+        source = self._source
+        if isinstance(source, _Continuation):
+            return source.source
+        return source if isinstance(source, (Unfuture, asyncio.Task)) else None
+
     # What the two parents' modules look for.
 
     @property
@@ -1507,7 +1659,7 @@ class Unfuture(Generic[T]):
 
     def _waiting_side(self) -> Waiters:
         self._check_fork()
-        side = Waiters()
+        side = Waiters(pool_wait)
         with self._lock:
             if self._side is None:
                 self._side = side
@@ -1556,25 +1708,90 @@ class Unfuture(Generic[T]):
             report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
 
 
+def calls_elsewhere(name: str, count: int) -> list[Unfuture[Any]]:
+    """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
+
+    Whoever makes the calls holds them until they are done.
+    """
+    calls = [_blank(Unfuture) for _ in range(count)]
+    for unfuture in calls:
+        unfuture._source = name
+    return calls
+
+
+def finish_calls(calls: list[Unfuture[Any]], results: list[Any]) -> None:
+    """Gives each its result, unless it is done; those that there is no result for stay."""
+    for unfuture, result in zip(calls, results, strict=False):
+        unfuture._complete(FINISHED, result)
+
+
 @final
 class JobQueue:
     """The work of a pool's threads: jobs in the order they came, and the workers that are idle.
 
-    :param limit: how many workers there may be.
-    :param spawn: starts a thread that calls `work()`; called by the thread that submits.
+    A worker that waits for an Unfuture is made up for by a spare one, so that `limit` workers go on
+    with the queue.
+
+    :param limit: how many workers may be at work.
+    :param spawn: starts a thread that calls `work()`; called by the thread that submits, or by
+        a worker that is about to wait.
+    :param spares: how many workers there may be beyond `limit`.
+    :param room: how many jobs may wait for a worker, or -1 for any number. Those that come from the
+        queue's own workers are always let in: the workers might wait for them.
+    :param patient: whether `submit` waits for room, where no event loop runs.
     """
 
-    __slots__ = ("_ended", "_jobs", "_limit", "_lock", "_parked", "_refuse", "_spawn", "_workers")
+    __slots__ = (
+        "_begun",
+        "_cancelled",
+        "_door",
+        "_ended",
+        "_failed",
+        "_finished",
+        "_jobs",
+        "_limit",
+        "_lock",
+        "_parked",
+        "_patient",
+        "_refuse",
+        "_room",
+        "_running",
+        "_spares",
+        "_spawn",
+        "_submitted",
+        "_taken",
+        "_waiting",
+        "_workers",
+    )
 
-    def __init__(self, limit: int, spawn: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        spawn: Callable[[], None],
+        spares: int = 0,
+        room: int = -1,
+        patient: bool = False,
+    ) -> None:
         self._limit = limit
+        self._spares = spares
         self._spawn = spawn
+        self._room = room
+        self._patient = patient
         # `_lock` guards what follows; reentrant for signal handlers and `__del__`.
         self._lock = threading.RLock()
         self._jobs: deque[Unfuture[Any]] = deque()
         # Each idle worker's own lock; the one that went idle last is woken first.
         self._parked: list[threading.Lock] = []
         self._workers = 0
+        # Those that wait for an Unfuture.
+        self._waiting: list[_Worker] = []
+        # How many jobs the workers are at, and how many were taken from the queue ever.
+        self._running = 0
+        self._taken = 0
+        # How many were submitted, how many of those that ended had begun, and how they ended.
+        self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
+        # The threads that wait for room.
+        self._door: deque[threading.Lock] = deque()
         self._refuse: Callable[[], Exception] | None = None
         # Closed, and no worker is left.
         self._ended = threading.Event()
@@ -1584,27 +1801,139 @@ class JobQueue:
     ) -> Unfuture[T]:
         """Has a worker call `function(*args, **kwargs)` in a copy of the current context.
 
+        :raises queue.Full: if there is no room, and it must not wait.
         :raises Exception: what `close` was told to refuse with, once the queue is closed.
         :raises RuntimeError: if there is no worker and none can be started.
         """
         unfuture = _blank(Unfuture)
         unfuture._source = _Job(function, args, kwargs, copy_context())
-        idle = None
-        spawn = False
-        with self._lock:
-            if self._refuse is not None:
-                raise self._refuse()
-            self._jobs.append(unfuture)
-            if self._parked:
-                idle = self._parked.pop()
-            elif self._workers < self._limit:
-                self._workers += 1
-                spawn = True
+        while True:
+            with self._lock:
+                if self._refuse is not None:
+                    raise self._refuse()
+                if not self._is_full() or self._is_own_worker():
+                    self._jobs.append(unfuture)
+                    self._submitted += 1
+                    idle, spawn = self._reinforce()
+                    break
+            self._wait_for_room()
         if idle is not None:
             idle.release()
         elif spawn:
             self._add_worker(unfuture)
         return unfuture
+
+    def _is_full(self) -> bool:
+        """Under the lock."""
+        if self._room < 0:
+            return False
+        # What waits for a worker, beyond those that are about to be taken.
+        at_work = self._running - len(self._waiting)
+        return len(self._jobs) + at_work >= self._limit + self._room
+
+    def _is_own_worker(self) -> bool:
+        worker = _this_worker()
+        return worker is not None and worker.queue is self
+
+    def _wait_for_room(self) -> None:
+        """Returns when it is worth another try."""
+        if self._drop_cancelled():
+            return
+        if not self._patient or running_loop() is not None:
+            raise full_error(self._limit, self._room, self._patient)
+        lock = threading.Lock()
+        lock.acquire()
+        with self._lock:
+            if not self._is_full() or self._refuse is not None:
+                return
+            self._door.append(lock)
+        with pool_wait():  # it may be another pool's thread
+            try:
+                lock.acquire()
+            except BaseException:
+                with self._lock:
+                    if lock in self._door:
+                        self._door.remove(lock)
+                self._open_door()  # it may have been let in already
+                raise
+
+    def _open_door(self) -> None:
+        """Lets in the first of those that wait for room, if there is some."""
+        if self._room < 0:
+            return
+        with self._lock:
+            first = self._door.popleft() if self._door and not self._is_full() else None
+        if first is not None:
+            first.release()
+
+    def _drop_cancelled(self) -> bool:
+        """Whether some of the queue were cancelled, and so make room."""
+        with self._lock:
+            jobs = list(self._jobs)
+            self._jobs.clear()
+            self._jobs.extend(job for job in jobs if job._status < CANCELLED)
+            dropped = len(jobs) - len(self._jobs)
+            self._cancelled += dropped
+            return dropped > 0
+
+    def _missing(self) -> int:
+        """Under the lock: how many more workers should be at work; negative if too many."""
+        return self._limit - (self._workers - len(self._waiting) - len(self._parked))
+
+    def _reinforce(self) -> tuple[threading.Lock | None, bool]:
+        """Under the lock: a worker to wake for the queue, and whether to start one."""
+        if self._jobs and self._missing() > 0:
+            if self._parked:
+                return self._parked.pop(), False
+            if self._workers < self._limit + (self._spares if self._waiting else 0):
+                self._workers += 1
+                return None, True
+        return None, False
+
+    def _relieve(self) -> Exception | None:
+        """Called by a worker that waits or ends: has another one go on with the queue.
+
+        Returns why none could be started.
+        """
+        with self._lock:
+            idle, spawn = self._reinforce()
+        return self._send_for(idle, spawn)
+
+    def _send_for(self, idle: threading.Lock | None, spawn: bool) -> Exception | None:
+        """Wakes or starts the worker that `_reinforce` asked for; returns why it cannot."""
+        if idle is not None:
+            idle.release()
+        elif spawn:
+            try:
+                self._spawn()
+            except Exception as exc:
+                # Whoever waits without a worker at work looks again: see `_Worker.wait`.
+                self._end_worker(failed=False)
+                return exc
+        return None
+
+    def _none_at_work(self) -> bool:
+        with self._lock:
+            return self._workers <= len(self._waiting) + len(self._parked)
+
+    def _is_stuck(self) -> bool:
+        """Whether no worker is at work, and all wait for jobs that stand in the queue."""
+        with self._lock:
+            taken = self._taken
+            queued = {id(job): job for job in self._jobs}
+            waits = [
+                (worker.job, worker.awaited)
+                for worker in self._waiting
+                if worker.job is not None and worker.awaited is not None
+            ]
+            if not queued or len(waits) < len(self._waiting) or not self._none_at_work():
+                return False
+        if not waits_for_ever(Unfuture, queued, waits):
+            return False
+        with self._lock:
+            return (
+                taken == self._taken and len(self._waiting) == len(waits) and self._none_at_work()
+            )
 
     def _add_worker(self, unfuture: Unfuture[Any]) -> None:
         try:
@@ -1617,6 +1946,9 @@ class JobQueue:
             for other in stranded:
                 if other is not unfuture:
                     other._complete(FAILED, exc)
+            with self._lock:
+                self._submitted -= 1  # this one's caller hears of it at once
+                self._failed += len(stranded) - 1
             raise
 
     def _end_worker(self, failed: bool) -> list[Unfuture[Any]]:
@@ -1637,26 +1969,83 @@ class JobQueue:
 
         :raises BaseException: what `prepare` raised; then no job was taken.
         """
+        worker = _Worker(self)
         lock = threading.Lock()
         lock.acquire()
+        counted = begun = True
         try:
             if prepare is not None:
                 prepare()
+        except BaseException:
+            self._end_worker(failed=False)
+            raise
+        try:
+            _this.worker = worker
             while True:
+                if worker.waits:
+                    worker.end_all_waits()  # of a loop that was left
                 with self._lock:
-                    unfuture = self._jobs.popleft() if self._jobs else None
-                    if unfuture is None:
-                        if self._refuse is not None:
-                            return
+                    unfuture = None
+                    # When those that waited go on, there are too many.
+                    if self._jobs and (self._missing() >= 0 or self._refuse is not None):
+                        unfuture = self._jobs.popleft()
+                        self._running += 1
+                        self._taken += 1
+                    elif self._refuse is not None:
+                        return
+                    elif len(self._parked) < self._limit:
                         self._parked.append(lock)
+                    else:
+                        self._workers -= 1
+                        counted = False
+                        return
+                    worker.job = unfuture
                 if unfuture is None:
                     lock.acquire()
                 else:
-                    unfuture._work()
+                    begun = True
+                    begun = unfuture._work()
                     # An idle worker must not keep the last result alive.
-                    unfuture = None
+                    done, unfuture = unfuture, None
+                    with self._lock:
+                        worker.job = None
+                        self._count_ended(done, begun)
+                    del done
+                    self._open_door()
+        except BaseException as exc:
+            # Nothing of ours raises here: somebody raised it in this thread from outside.
+            logger.critical("a worker was killed, another one takes its place", exc_info=True)
+            if worker.job is not None:
+                worker.job._complete(FAILED, exc)
+                with self._lock:
+                    self._count_ended(worker.job, begun)
         finally:
-            self._end_worker(failed=False)
+            _this.worker = None
+            if counted:
+                self._end_worker(failed=False)
+                self._relieve()
+
+    def _count_ended(self, unfuture: Unfuture[Any], begun: bool) -> None:
+        """Under the lock: a worker is through with it."""
+        self._running -= 1
+        self._begun += begun
+        self._count_outcome(unfuture)
+
+    def _count_outcome(self, unfuture: Unfuture[Any]) -> None:
+        """Under the lock."""
+        if unfuture._status == FINISHED:
+            self._finished += 1
+        elif unfuture._status == FAILED:
+            self._failed += 1
+        else:
+            self._cancelled += 1
+
+    def counts(self) -> QueueCounts:
+        """For `unsync.stats()`: see `QueueCounts`."""
+        with self._lock:
+            ended = self._finished, self._failed, self._cancelled
+            work = (self._begun + self._running, *ended, self._submitted - sum(ended))
+            return work, len(self._jobs), self._workers, len(self._parked), len(self._waiting)
 
     def wait(self, timeout: float | None) -> bool:
         """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
@@ -1672,19 +2061,25 @@ class JobQueue:
                 self._refuse = refuse
             if self._workers == 0:
                 self._ended.set()
-            parked, self._parked = self._parked, []
-        for lock in parked:
+            blocked = [*self._parked, *self._door]
+            self._parked.clear()
+            self._door.clear()
+        for lock in blocked:
             lock.release()
 
     def cancel_all(self) -> None:
         """Cancels the jobs that have not begun."""
         for unfuture in self._take_all():
             unfuture.cancel()
+            with self._lock:
+                self._count_outcome(unfuture)
 
     def fail_all(self, error: Exception) -> None:
         """Fails the jobs that have not begun."""
         for unfuture in self._take_all():
             unfuture._complete(FAILED, error)
+            with self._lock:
+                self._count_outcome(unfuture)
 
     def _take_all(self) -> list[Unfuture[Any]]:
         with self._lock:
@@ -1697,7 +2092,104 @@ class JobQueue:
         self._lock = threading.RLock()
         self._jobs.clear()
         self._parked.clear()
-        self._workers = 0
+        for worker in self._waiting:
+            worker.waits = 0
+        self._waiting.clear()
+        self._door.clear()
+        self._workers = self._running = 0
+        self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
+
+
+@final
+class _Worker:
+    """A thread of a pool, and the waits it is in."""
+
+    __slots__ = ("awaited", "failure", "job", "queue", "waits")
+
+    def __init__(self, queue: JobQueue) -> None:
+        self.queue = queue
+        # These belong to its own thread. There is more than one wait in a loop of its own, with
+        # many tasks. Why no spare worker could be started for the last one, if so.
+        self.waits = 0
+        self.failure: Exception | None = None
+        # These belong to the queue's lock: what it works on, and what it waits for.
+        self.job: Unfuture[Any] | None = None
+        self.awaited: Unfuture[Any] | None = None
+
+    def begin_wait(self, unfuture: Unfuture[Any] | None) -> None:
+        """Called before it waits for `unfuture`, or None for something unknown."""
+        self.waits += 1
+        if self.waits > 1:
+            return
+        # At once: in between there may be no worker at work, and no reason to worry.
+        with self.queue._lock:
+            self.queue._waiting.append(self)
+            self.awaited = unfuture
+            idle, spawn = self.queue._reinforce()
+        self.failure = self.queue._send_for(idle, spawn)
+        self.queue._open_door()
+
+    def end_wait(self) -> None:
+        if self.waits:
+            self.waits -= 1
+            if not self.waits:
+                self._go_on()
+
+    def end_all_waits(self) -> None:
+        self.waits = 0
+        self._go_on()
+
+    def _go_on(self) -> None:
+        with self.queue._lock:
+            self.queue._waiting.remove(self)
+            awaited, self.awaited = self.awaited, None
+        del awaited
+        self.queue._open_door()
+
+    def wait(self, unfuture: Unfuture[Any], blocked: _Blocked, timeout: float | None) -> bool:
+        """Waits in `blocked`, with a spare worker in its place; False after `timeout` seconds.
+
+        :raises RuntimeError: if there is none, and the pool would wait for ever.
+        """
+        queue = self.queue
+        until = None if timeout is None else monotonic() + max(timeout, 0)
+        self.begin_wait(unfuture)
+        try:
+            while self.waits == 1 and queue._none_at_work():
+                # Nobody else would see to the queue. What is waited for may come to hang upon it
+                # later on, as when a coroutine calls a function.
+                if queue._is_stuck() and unfuture._status < CANCELLED:
+                    raise exhausted_error(queue._workers, unfuture, self.failure)
+                left = LOOK_AGAIN_SECONDS
+                if until is not None:
+                    left = min(left, until - monotonic())
+                if blocked.wait(left):
+                    return True
+                if until is not None and monotonic() >= until:
+                    return False
+                self.failure = queue._relieve()
+            return blocked.wait(None if until is None else until - monotonic())
+        finally:
+            self.end_wait()
+
+
+def _this_worker() -> _Worker | None:
+    return getattr(_this, "worker", None)
+
+
+@final
+class pool_wait:  # noqa: N801  # lower case as in the twin
+    """Around a wait that is none for an Unfuture; nothing in a thread that is not a pool's."""
+
+    def __enter__(self) -> None:
+        worker = _this_worker()
+        if worker is not None:
+            worker.begin_wait(None)
+
+    def __exit__(self, *_: object) -> None:
+        worker = _this_worker()
+        if worker is not None:
+            worker.end_wait()
 
 
 @final

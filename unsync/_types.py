@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from contextlib import _AsyncGeneratorContextManager
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from unsync._ambient import LoopFactory
 from unsync._core_py import Launcher, Unfuture
+from unsync._stats import Stats
 from unsync.context_managers import AmbientContextManager
+from unsync.executors import Engine
 from unsync.streams import Stream
 
 P = ParamSpec("P")
@@ -51,7 +53,7 @@ class Mark(Protocol):
         /,
         *,
         cpu_bound: bool = False,
-        executor: concurrent.futures.Executor | None = None,
+        executor: Engine | None = None,
     ) -> staticmethod[P, Unfuture[T]]: ...
     @overload
     def __call__(
@@ -64,7 +66,7 @@ class Mark(Protocol):
         /,
         *,
         cpu_bound: bool = False,
-        executor: concurrent.futures.Executor | None = None,
+        executor: Engine | None = None,
     ) -> classmethod[C, P, Unfuture[T]]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
@@ -80,7 +82,7 @@ class Mark(Protocol):
         func: Callable[P, Generator[T, Any, Any]],
         /,
         *,
-        executor: concurrent.futures.Executor | None = None,
+        executor: Engine | None = None,
         read_ahead: int | None = None,
     ) -> Callable[P, Stream[T]]: ...
     @overload
@@ -94,14 +96,14 @@ class Mark(Protocol):
         /,
         *,
         cpu_bound: bool = False,
-        executor: concurrent.futures.Executor | None = None,
+        executor: Engine | None = None,
     ) -> Callable[P, Unfuture[T]]: ...
     @overload
     def __call__(
         self,
         *,
         cpu_bound: bool = False,
-        executor: concurrent.futures.Executor | None = None,
+        executor: Engine | None = None,
         read_ahead: int | None = None,
     ) -> Mark: ...
 
@@ -120,9 +122,28 @@ class Unsync(Mark, Protocol):
     @property
     def thread_executor(self) -> concurrent.futures.Executor: ...
     @thread_executor.setter
-    def thread_executor(self, executor: concurrent.futures.Executor | None, /) -> None: ...
+    def thread_executor(self, executor: Engine | None, /) -> None: ...
     @property
     def process_executor(self) -> concurrent.futures.Executor: ...
     @process_executor.setter
-    def process_executor(self, executor: concurrent.futures.Executor | None, /) -> None: ...
+    def process_executor(self, executor: Engine | None, /) -> None: ...
+    def calls(
+        self,
+        function: Callable[..., Unfuture[T]],
+        iterable: Iterable[Any],
+        /,
+        *iterables: Iterable[Any],
+        chunksize: int | None = None,
+    ) -> list[Unfuture[T]]: ...
+    def map(
+        self,
+        function: Callable[..., Unfuture[T]],
+        iterable: Iterable[Any],
+        /,
+        *iterables: Iterable[Any],
+        chunksize: int | None = None,
+        in_order: bool = True,
+        read_ahead: int | None = None,
+    ) -> Stream[T]: ...
     def shutdown(self, timeout: float | None = None) -> bool: ...
+    def stats(self) -> Stats: ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib
 import itertools
 import os
 import sys
@@ -11,38 +10,65 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures.thread import BrokenThreadPool
-from contextvars import Context, copy_context
-from functools import partial
-from time import monotonic
-from types import FunctionType
-from typing import Any, ParamSpec, TypeVar
+from contextlib import suppress
+from contextvars import copy_context
+from functools import lru_cache, partial
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
-from unsync import _common
+from unsync import _common, _travel
 from unsync._backend import JobQueue, Unfuture
+from unsync._common import WorkCounts
+from unsync._stats import Book, Counter
 
-__all__ = ["ProcessPool", "ThreadExecutor", "submit_to"]
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+__all__ = ["Engine", "Given", "ProcessPool", "ThreadExecutor", "submit_to", "way_into"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# What functions can be sent to: any executor, or a callable that gives one when it is first needed.
+Engine = concurrent.futures.Executor | Callable[[], concurrent.futures.Executor]
+
+# How functions get there.
+Way = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Unfuture[Any]]
 
 
 def _closed_error() -> RuntimeError:
     return RuntimeError("cannot schedule new futures after shutdown")
 
 
+# As many as Java's ForkJoinPool allows itself for the same purpose.
+SPARE_WORKERS = 256
+
+
 class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
     """A thread pool whose futures are Unfutures; the class of `unsync.thread_executor`.
 
-    It differs from its parent in three ways: `submit` returns an `Unfuture`; functions see the
-    submitter's context variables; and at interpreter exit it does not wait for ever for what
-    still runs, since its threads are daemonic.
+    It differs from its parent in four ways: `submit` returns an `Unfuture`; functions see the
+    submitter's context variables; while a function of the pool waits for an Unfuture, a spare
+    thread takes its place, so that functions may wait for other functions of the pool; and at
+    interpreter exit it does not wait for ever for what still runs, since its threads are daemonic.
 
-    :param max_workers: how many threads at most; they start as they are needed.
+    :param max_workers: how many functions run at most, not counting those that wait for an
+        Unfuture; threads start as they are needed.
     :param thread_name_prefix: begins the name of each thread.
     :param initializer: called in each thread before its first job; if it raises, the pool is
         broken and refuses work with `BrokenThreadPool`.
     :param initargs: the arguments for `initializer`.
-    :raises ValueError: if `max_workers` is less than 1.
+    :param spare_workers: how many threads there may be beyond `max_workers`, in place of those
+        that wait. If they are used up, and all threads wait for functions that none is left
+        for, waiting is a RuntimeError. What is over when the waits end goes idle, up to
+        `max_workers` threads, or ends.
+    :param max_queued: how many calls may wait for a thread; None for any number. Calls that the
+        pool's own functions make always may.
+    :param when_full: what a call does that would be one too many: `"raise"` a `queue.Full`, or
+        `"wait"` in the calling thread until there is room; where an event loop runs it does not
+        wait, but raises as well.
+    :raises ValueError: if `max_workers` is less than 1, or `spare_workers` or `max_queued` less
+        than 0, or `when_full` neither of the two.
     :raises TypeError: if `initializer` is not callable.
     """
 
@@ -52,14 +78,32 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
         thread_name_prefix: str = "",
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        *,
+        spare_workers: int = SPARE_WORKERS,
+        max_queued: int | None = None,
+        when_full: Literal["raise", "wait"] = "raise",
     ) -> None:
         super().__init__(max_workers, thread_name_prefix, initializer, initargs)
+        if spare_workers < 0:
+            raise ValueError(f"spare_workers must be at least 0, not {spare_workers!r}")
+        if max_queued is not None and max_queued < 0:
+            raise ValueError(f"max_queued must be at least 0, or None, not {max_queued!r}")
+        if when_full not in ("raise", "wait"):
+            raise ValueError(f"when_full must be 'raise' or 'wait', not {when_full!r}")
         self._prepare = None if initializer is None else partial(initializer, *initargs)
         self._numbers = itertools.count()
         self._starting = threading.Lock()  # guards _threads, the parent's set of threads
         # The queue outlives the executor in its workers' hands, and must not keep it alive.
         spawn = weakref.WeakMethod(self._spawn)
-        self._jobs = JobQueue(self._max_workers, lambda: spawn()())  # type: ignore[misc]
+        self._jobs = JobQueue(
+            self._max_workers,
+            lambda: spawn()(),  # type: ignore[misc]
+            spare_workers,
+            -1 if max_queued is None else max_queued,
+            when_full == "wait",
+        )
+        _queues.close_ended_queues()
+        _queues.open(self._jobs)
         weakref.finalize(self, self._jobs.close, _closed_error).atexit = False
         _thread_executors.add(self)
 
@@ -73,6 +117,7 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
     ) -> Unfuture[T]:
         """Has a thread of the pool call `fn(*args, **kwargs)`.
 
+        :raises queue.Full: if there is no room for it: see `max_queued`.
         :raises RuntimeError: after `shutdown`.
         :raises BrokenThreadPool: if an initializer failed.
         """
@@ -113,7 +158,10 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
     def _spawn(self) -> None:
         name = f"{self._thread_name_prefix}_{next(self._numbers)}"
         thread = threading.Thread(
-            target=_work, name=name, args=(self._jobs, self._prepare), daemon=True
+            target=_work,
+            name=name,
+            args=(self._jobs, self._prepare, weakref.ref(self)),
+            daemon=_common.DAEMONIC,
         )
         with self._starting:
             # Before its first job can ask whether it is in one of the pool's threads.
@@ -124,6 +172,12 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
                 self._threads = self._threads - {thread}
                 raise
 
+    def _forget_this_thread(self) -> None:
+        """A spare one ends; at the pool's end they are kept, for `join` to wait for."""
+        with self._starting:
+            if not self._shutdown:
+                self._threads = self._threads - {threading.current_thread()}
+
     def _after_fork(self) -> None:
         self._starting = threading.Lock()
         self._threads = set()
@@ -133,15 +187,42 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
 # All that are alive, for the hooks at fork and at exit.
 _thread_executors: weakref.WeakSet[ThreadExecutor] = weakref.WeakSet()
 
+# What was counted, for `unsync.stats()`: by all queues, and of what went to other executors.
+_queues = Book(5)
+_to_processes = Counter()
+_to_others = Counter()
 
-def _work(jobs: JobQueue, prepare: Callable[[], object] | None) -> None:
-    try:
-        jobs.work(prepare)
-    except BaseException:
-        _common.logger.critical("a thread's initializer failed, its pool is broken", exc_info=True)
-        reason = "a thread's initializer failed; the log has its traceback"
-        jobs.close(lambda: BrokenThreadPool(reason))
-        jobs.fail_all(BrokenThreadPool(reason))
+
+def read_queues() -> tuple[tuple[int, ...], list[tuple[Any, ...]]]:
+    """What `Book.read` gives of all thread executors."""
+    return _queues.read()
+
+
+def read_others() -> tuple[WorkCounts, WorkCounts]:
+    """What was counted of the calls to process pools, and to executors of other kinds."""
+    return _to_processes.work(), _to_others.work()
+
+
+def _work(
+    jobs: JobQueue, prepare: Callable[[], object] | None, pool: weakref.ref[ThreadExecutor]
+) -> None:
+    def prepare_or_break() -> None:
+        assert prepare is not None
+        try:
+            prepare()
+        except BaseException:
+            # In here the thread still counts: nobody must think that the jobs have none left.
+            reason = "a thread's initializer failed; the log has its traceback"
+            _common.logger.critical("a thread's initializer failed: its pool breaks", exc_info=True)
+            jobs.close(lambda: BrokenThreadPool(reason))
+            jobs.fail_all(BrokenThreadPool(reason))
+            raise
+
+    with suppress(BaseException):
+        jobs.work(None if prepare is None else prepare_or_break)
+    executor = pool()
+    if executor is not None:
+        executor._forget_this_thread()
 
 
 def stop_threads(timeout: float) -> None:
@@ -155,120 +236,77 @@ def stop_threads(timeout: float) -> None:
 
 
 def after_fork() -> None:
-    """In the child: no executor has threads any more."""
+    """In the child: no executor has threads any more, and nothing was done yet."""
+    global _queues, _to_processes, _to_others
+    _queues, _to_processes, _to_others = Book(5), Counter(), Counter()
     for executor in list(_thread_executors):
         executor._after_fork()
+        _queues.open(executor.jobs)
+    for given in list(_given):
+        given.after_fork()
 
 
-# How a function gets into another process.
+# Any other executor.
 
 
-class Reference:
-    """A function that the worker process finds by name, below the decorators above it.
+def way_into(engine: concurrent.futures.Executor | Given) -> Way:
+    if isinstance(engine, Given):
+        return engine.submit
+    if type(engine) is ThreadExecutor:
+        return engine.jobs.submit
+    return partial(submit_to, engine)
 
-    :param peels: how many decorators, static- or classmethods to take off what the name gives.
+
+class Given:
+    """An executor that a callable gives when it is first needed, once in each process.
+
+    :param what: how errors name the callable.
     """
 
-    __slots__ = ("_module", "_peels", "_qualname")
+    def __init__(self, what: str, give: Callable[[], concurrent.futures.Executor]) -> None:
+        self._what = what
+        self._give = give
+        # Held while the callable works. That may take long, or start processes: so a fork does not
+        # wait for it.
+        self._lock = threading.RLock()
+        self._executor: concurrent.futures.Executor | None = None
+        self._way: Way | None = None
+        # Left by a parent process: kept, since their ends would speak to the parent's workers.
+        self._inherited: list[concurrent.futures.Executor] = []
+        _given.add(self)
 
-    def __init__(self, module: str, qualname: str, peels: int) -> None:
-        self._module = module
-        self._qualname = qualname
-        self._peels = peels
+    @property
+    def executor(self) -> concurrent.futures.Executor:
+        """:raises TypeError: if the callable gives something else; what it raises is raised."""
+        with self._lock:
+            if self._executor is None:
+                executor = self._give()
+                if not isinstance(executor, concurrent.futures.Executor):
+                    raise TypeError(
+                        f"{self._what} must give a concurrent.futures.Executor when it is called, "
+                        f"but {self._give!r} gave {executor!r}"
+                    )
+                self._executor = executor
+                self._way = way_into(executor)
+            return self._executor
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Reference, (self._module, self._qualname, self._peels)
+    def submit(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Unfuture[Any]:
+        way = self._way
+        if way is None:
+            way = way_into(self.executor)
+        return way(function, args, kwargs)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self._find()(*args, **kwargs)
-
-    def _find(self) -> Callable[..., Any]:
-        try:
-            found = _look_up(self._module, self._qualname)
-            for _ in range(self._peels):
-                found = _peel(found)
-        except (AttributeError, ImportError) as exc:
-            raise RuntimeError(
-                f"process {os.getpid()} cannot find the function {self._qualname!r} in the module "
-                f"{self._module!r}: {exc}. It must be defined whenever the module is imported, "
-                "outside `if __name__ == '__main__':`, and not typed in at a prompt"
-            ) from exc
-        assert callable(found)
-        return found
-
-
-def _look_up(module: str, qualname: str) -> object:
-    found: object = sys.modules.get(module) or importlib.import_module(module)
-    for name in qualname.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def _peel(found: object) -> object:
-    """What is below one decorator, static- or classmethod, or bound method."""
-    return getattr(found, "__func__", None) or getattr(found, "__wrapped__")  # noqa: B009
-
-
-def reference_to(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What to send to another process in place of `function`.
-
-    What has no name to be found by (partials, instances, bound methods) travels by its own pickle.
-
-    :raises pickle.PicklingError: if a worker process could not find the function.
-    """
-    module = getattr(function, "__module__", None)
-    qualname = getattr(function, "__qualname__", None)
-    if isinstance(module, str) and isinstance(qualname, str):
-        try:
-            found = _look_up(module, qualname)
-            for peels in itertools.count():
-                if found is function:
-                    # A worker that was spawned knows its parent's main module by both names, one
-                    # that it starts in turn only by this one.
-                    name = "__main__" if module == "__mp_main__" else module
-                    return Reference(name, qualname, peels)
-                found = _peel(found)
-        except (AttributeError, ImportError):
-            pass
-    if not isinstance(function, FunctionType):
-        return function
-    if "<lambda>" in function.__qualname__:
-        why = "it is a lambda"
-    elif "<locals>" in function.__qualname__:
-        why = "it is defined inside another function"
-    else:
-        why = f"the name {qualname!r} in the module {module!r} is not this function"
-    import pickle  # which takes longer to import than all the rest of unsync
-
-    raise pickle.PicklingError(
-        f"cannot send the function {qualname!r} to another process, where it is looked up by name: "
-        f"{why}. Define it at the top level of a module (or in a class there), or leave "
-        "cpu_bound=True away to run it in a thread"
-    )
+    def after_fork(self) -> None:
+        """In the child: what the parent was given has no threads or processes here."""
+        self._lock = threading.RLock()
+        if self._executor is not None:
+            self._inherited.append(self._executor)
+        self._executor = self._way = None
 
 
-class ContextCall:
-    """A function with its caller's context, for executors that may or may not leave the process.
-
-    Called here, the context counts. Pickled, it leaves the context behind: contexts do not pickle.
-    """
-
-    __slots__ = ("_context", "_function")
-
-    def __init__(self, function: Callable[..., Any], context: Context) -> None:
-        self._function = function
-        self._context = context
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        # A partial, since PyPy's Context.run() has names for its own arguments.
-        return self._context.run(partial(self._function, *args, **kwargs))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _identity, (reference_to(self._function),)
-
-
-def _identity(function: T) -> T:
-    return function
+_given: weakref.WeakSet[Given] = weakref.WeakSet()
 
 
 def submit_to(
@@ -281,23 +319,62 @@ def submit_to(
 
     :raises pickle.PicklingError: if `executor` is a process pool and the function cannot go there.
     """
-    call: Callable[..., Any]
-    if is_process_pool(executor):
-        call = reference_to(function)
+    has_our_main = _leaves_for(executor)
+    if has_our_main is not None:
+        has_our_main = has_our_main and _travel.main_s_file() is not None
+        if isinstance(function, _travel.Bundle):
+            job: Any = function.parcel(has_our_main)
+        else:
+            call = _travel.reference_to(function, has_our_main)
+            try:
+                job = _travel.run, *_travel.pack(function, call, args, kwargs, has_our_main)
+            except Exception as exc:
+                failed: Unfuture[Any] = Unfuture()
+                failed.set_exception(exc)
+                return failed
+        counter = _to_processes
+        future = _submit_guarded(executor, *job)
     else:
-        call = ContextCall(function, copy_context())
-    future = executor.submit(call, *args, **kwargs)
+        counter = _to_others
+        future = executor.submit(_travel.ContextCall(function, copy_context(), kwargs), *args)
     if isinstance(future, Unfuture):
         return future
+    counter.count(future)
+    if isinstance(function, _travel.Bundle):
+        return cast("Unfuture[Any]", future)  # which takes any future for its job
     unfuture = Unfuture(future)
     unfuture._name_function(function)
     return unfuture
 
 
-def is_process_pool(executor: concurrent.futures.Executor | None) -> bool:
-    # Asking for the class by name would import multiprocessing, which takes a while.
-    module = sys.modules.get("concurrent.futures.process")
-    return module is not None and isinstance(executor, module.ProcessPoolExecutor)
+# Executors whose functions leave this process or interpreter, by name, since asking for their
+# classes would import them; and whether what runs there can import this program's main module.
+# Others that leave it (Dask's, say) pickle what they are given, in their own way.
+_POOLS_ELSEWHERE = {
+    ("concurrent.futures.process", "ProcessPoolExecutor"): True,
+    ("concurrent.futures.interpreter", "InterpreterPoolExecutor"): False,
+    ("loky.process_executor", "ProcessPoolExecutor"): False,
+    ("joblib.externals.loky.process_executor", "ProcessPoolExecutor"): False,
+    ("mpi4py.futures.pool", "MPIPoolExecutor"): False,
+}
+
+
+def _leaves_for(executor: object) -> bool | None:
+    """Whether its functions go to where our main module can be imported; None if they stay here."""
+    return _leaves(type(executor))  # type: ignore[arg-type]  # mypy takes no class for hashable
+
+
+@lru_cache
+def _leaves(cls: type) -> bool | None:
+    for base in cls.__mro__:
+        has_our_main = _POOLS_ELSEWHERE.get((base.__module__, base.__qualname__))
+        if has_our_main is not None:
+            return has_our_main
+    return None
+
+
+def is_process_pool(executor: object) -> bool:
+    return _leaves_for(executor) is not None
 
 
 def in_thread_of_a_pool() -> bool:
@@ -305,19 +382,119 @@ def in_thread_of_a_pool() -> bool:
     thread = threading.current_thread()
     if any(thread in executor._threads for executor in list(_thread_executors)):
         return True
+    return _manages_processes(thread)
+
+
+def _manages_processes(thread: threading.Thread) -> bool:
+    # Which another thread may be importing just now.
     module = sys.modules.get("concurrent.futures.process")
-    return module is not None and isinstance(thread, module._ExecutorManagerThread)
+    return isinstance(thread, getattr(module, "_ExecutorManagerThread", ()))
+
+
+# A main program without its guard: each worker that imports it would start workers. Such a worker
+# ends without a word, with an exit code by which the process that started it knows what to say.
+
+_NO_GUARD = 78  # EX_CONFIG
+_ADVICE = (
+    "the main program calls functions in processes whenever it is imported, and each process "
+    'imports it: put the start of the program below `if __name__ == "__main__":`'
+)
+
+# Pools that broke for that reason.
+_unguarded: weakref.WeakSet[concurrent.futures.Executor] = weakref.WeakSet()
+
+
+def _submit_guarded(
+    executor: concurrent.futures.Executor, *job: Any
+) -> concurrent.futures.Future[Any]:
+    _end_if_importing_main()
+    processes = getattr(executor, "_processes", None)
+    context = getattr(executor, "_mp_context", None)
+    if processes is None or (context is not None and context.get_start_method() == "fork"):
+        # It has none of multiprocessing's, or is shut down; or nothing is imported anew.
+        return executor.submit(*job)
+    try:
+        future = executor.submit(*job)
+    except concurrent.futures.BrokenExecutor as exc:
+        if executor in _unguarded:
+            exc.args = (_ADVICE,)
+        raise
+    except (EOFError, ConnectionError):
+        if not _fork_server_found_no_guard():
+            raise
+        _unguarded.add(executor)
+        raise sys.modules["concurrent.futures.process"].BrokenProcessPool(_ADVICE) from None
+    future.add_done_callback(partial(_explain, weakref.ref(executor), processes))
+    return future
+
+
+def _end_if_importing_main() -> None:
+    """Ends a process of multiprocessing's that imports the main program and is not ready yet."""
+    # Which another thread may be importing just now.
+    module = sys.modules.get("multiprocessing.process")
+    if getattr(getattr(module, "_current_process", None), "_inheriting", False):
+        import multiprocessing.util
+
+        # Or semaphores are left, which is complained about.
+        multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
+        os._exit(_NO_GUARD)
+
+
+def _explain(
+    pool: weakref.ref[concurrent.futures.Executor],
+    processes: dict[int, Any],
+    future: concurrent.futures.Future[Any],
+) -> None:
+    # Nobody but the thread that waits for the processes may ask for their exit codes.
+    if future.cancelled() or not _manages_processes(threading.current_thread()):
+        return
+    exc = future.exception()
+    if not isinstance(exc, concurrent.futures.BrokenExecutor):
+        return
+    import multiprocessing.connection
+
+    workers = {process.sentinel: process for process in list(processes.values())}
+    # They have closed their ends and are about to end.
+    ended = [workers[sentinel] for sentinel in multiprocessing.connection.wait(workers, 0)]
+    for process in ended:
+        process.join(_TERMINATE_SECONDS)
+    if any(process.exitcode == _NO_GUARD for process in ended):
+        exc.args = (_ADVICE,)
+        executor = pool()
+        if executor is not None:
+            _unguarded.add(executor)
+
+
+def _fork_server_found_no_guard() -> bool:
+    """Whether the fork server, which imports the main module too, ended for want of the guard."""
+    module = sys.modules.get("multiprocessing.forkserver")
+    pid = None if module is None else module._forkserver._forkserver_pid
+    if pid is None:
+        return False
+    # It has closed its connections, so it is about to end, or has. multiprocessing must find it so.
+    until = monotonic() + _TERMINATE_SECONDS
+    while monotonic() < until:
+        try:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:
+            return False
+        if ended is not None:
+            return ended.si_status == _NO_GUARD
+        sleep(0.001)
+    return False
 
 
 class ProcessPool:
     """The default process executor: made on first use, and made anew when it is broken.
 
-    Which start method it uses is Python's choice, or that of `multiprocessing.set_start_method`.
+    Which start method it uses is the choice of `multiprocessing.set_start_method`, or Python's; but
+    where Python's is fork and there is no GIL, it is forkserver.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # guards _executor; held over a fork
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+        self._registered_in: int | None = None  # the process whose exit stops it
         # Left by a parent process: kept, since ending it here would speak to the parent's workers.
         self._inherited: list[concurrent.futures.ProcessPoolExecutor] = []
 
@@ -326,8 +503,10 @@ class ProcessPool:
         with self.lock:
             if self._executor is None:
                 try:
-                    executor = concurrent.futures.ProcessPoolExecutor()
-                    _register_process_exit(self)
+                    executor = concurrent.futures.ProcessPoolExecutor(mp_context=start_method())
+                    if self._registered_in != os.getpid():
+                        _register_process_exit(self)
+                        self._registered_in = os.getpid()
                 except RuntimeError as exc:
                     if "shutdown" not in str(exc):
                         raise
@@ -341,6 +520,7 @@ class ProcessPool:
     def submit(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Unfuture[Any]:
+        _end_if_importing_main()
         executor = self.executor
         try:
             return submit_to(executor, function, args, kwargs)
@@ -349,6 +529,8 @@ class ProcessPool:
                 isinstance(exc, concurrent.futures.BrokenExecutor) or executor._shutdown_thread
             ):
                 raise
+            if executor in _unguarded:
+                raise  # so would the next one
             # A worker died, and those who had work there have been told; or somebody shut the pool
             # down. Either way this call is not concerned.
             with self.lock:
@@ -393,6 +575,10 @@ class ProcessPool:
         executor, self._executor = self._executor, None
         if executor is not None:
             self._inherited.append(executor)
+            manager: Any = executor._executor_manager_thread
+            if manager is not None:
+                # A weak reference: when the executor dies it would write into the parent's pipe.
+                manager.executor_reference = lambda: None
             # multiprocessing would try to join them when this process ends.
             import multiprocessing.process
 
@@ -404,6 +590,20 @@ class ProcessPool:
 EXIT_SECONDS = 1.0
 # How long a process may take to end when it is told to.
 _TERMINATE_SECONDS = 0.5
+
+
+def start_method() -> BaseContext | None:
+    """For the default pool; None for what Python would choose.
+
+    Without the GIL other threads hold locks at any time, those of the interpreter among them, and a
+    fork would take them over as they are, for ever. There it is what CPython 3.14 chooses.
+    """
+    import multiprocessing
+
+    if _common.has_gil() or multiprocessing.get_start_method(allow_none=True) is not None:
+        return None
+    forks = multiprocessing.get_all_start_methods()[0] == "fork"
+    return multiprocessing.get_context("forkserver") if forks else None
 
 
 def _register_process_exit(pool: ProcessPool) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextvars import copy_context
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast, final
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast, final
 
 from unsync import _common
 from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, when_done
@@ -117,11 +117,13 @@ class _Channel(Generic[T]):
         """
         resume = False
         with self.lock:
-            if not self.taken:
+            found = bool(self.taken)
+            if not found:
+                found = bool(self.made)  # asked before others can see it, and take it
                 # Not the old one again: somebody may be about to look into it.
                 self.taken, self.made = self.made, deque()
                 resume, self.resting = self.resting, False
-            if not self.taken:
+            if not found:
                 if not self.ended.done():
                     waiter: Unfuture[None] = Unfuture()
                     self.waiters.append(waiter)
@@ -175,6 +177,11 @@ class _Channel(Generic[T]):
 class _InThreads(_Channel[T]):
     """Runs a regular generator in jobs, one after the other, each until there is enough."""
 
+    # Those that have not ended, as a loop keeps its tasks. Otherwise the garbage collector could
+    # find a stream and its generator in one run: and would close it in its own thread, while the
+    # stream has a job close it.
+    all: ClassVar[set[_InThreads[Any]]] = set()
+
     def __init__(
         self,
         generator: Generator[T, Any, Any],
@@ -186,7 +193,20 @@ class _InThreads(_Channel[T]):
         self.launch = launch
         # One for all jobs, so that a variable that the generator sets stays set.
         self.context = copy_context()
+        self.all.add(self)
         self.resume()
+
+    def __reduce__(self) -> NoReturn:
+        # Nobody asks a callable for its executor before the first call.
+        raise TypeError(
+            f"the generator function {_common.name_of(self.generator)} cannot run in a process: a "
+            "generator cannot travel; make it a function that returns a list, or let executor= "
+            "give threads"
+        )
+
+    def finish(self, failure: BaseException | None) -> None:
+        self.all.discard(self)
+        super().finish(failure)
 
     def resume(self) -> None:
         try:
@@ -294,8 +314,9 @@ class Stream(Generic[T]):
     others the stream just ends.
 
     A stream that is left early is closed as a generator is: when `close()` or `aclose()` is called,
-    when a `with` or `async with` block is left, or when nobody refers to it any more. The
-    generator's `finally` blocks then run where the generator runs.
+    when a `with` or `async with` block is left, or when nobody refers to it any more; a stream to
+    which its own generator refers needs one of the former. The generator's `finally` blocks then
+    run where the generator runs.
     """
 
     __slots__ = ("__weakref__", "_channel")
@@ -303,8 +324,17 @@ class Stream(Generic[T]):
     def __init__(self, channel: _Channel[T]) -> None:
         self._channel = channel
 
-    def __iter__(self) -> Stream[T]:
-        return self
+    def __iter__(self) -> Iterator[T]:
+        """The values, as `next()` gives them: another iterator, since a generator is faster."""
+        channel = self._channel
+        while True:
+            try:
+                while True:
+                    yield channel.taken.popleft()
+            except IndexError:
+                pass
+            if not self._has_more():
+                return
 
     def __next__(self) -> T:
         """Waits for the next value, in a thread.
@@ -317,15 +347,20 @@ class Stream(Generic[T]):
                 return channel.taken.popleft()
             except IndexError:
                 pass
-            found = channel.refill()
-            if found is False:
+            if not self._has_more():
                 raise StopIteration
-            if isinstance(found, Unfuture):
-                try:
-                    found.result()
-                except BaseException:
-                    channel.leave(found)
-                    raise
+
+    def _has_more(self) -> bool:
+        """Waits until that is known; others may take it first."""
+        found = self._channel.refill()
+        if isinstance(found, Unfuture):
+            try:
+                found.result()
+            except BaseException:
+                self._channel.leave(found)
+                raise
+            return True
+        return found
 
     def __aiter__(self) -> Stream[T]:
         return self
@@ -385,7 +420,8 @@ class Stream(Generic[T]):
         await self.aclose()
 
     def __del__(self) -> None:
-        if not _common.exiting:
+        # The interpreter may have taken the module apart.
+        if not getattr(_common, "exiting", True):
             self._channel.close()
 
 

@@ -14,22 +14,25 @@ import os
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from unsync import _common, context_managers, executors, streams
+from unsync import _common, _travel, context_managers, executors, fan_out, streams
 from unsync._ambient import Ambient, LoopFactory
 from unsync._backend import (
     BIND_CLASS,
     BIND_INSTANCE,
     BIND_NOTHING,
+    JobQueue,
     Launcher,
     Route,
     Unfuture,
     after_fork,
 )
+from unsync._stats import Stats, Work
 from unsync.context_managers import AmbientContextManager
+from unsync.executors import Engine
 from unsync.streams import Stream
 
 __all__ = ["AmbientContextManager", "Stream", "Unfuture", "unsync"]
@@ -43,7 +46,7 @@ class _Threads:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # guards what follows; held over a fork
-        self._executor: concurrent.futures.Executor | None = None
+        self._executor: concurrent.futures.Executor | executors.Given | None = None
         self._is_ours = True
         self.route = Route(self._submit_first)
 
@@ -54,30 +57,30 @@ class _Threads:
                 self._use(executors.ThreadExecutor(thread_name_prefix="unsync-worker"))
                 self._is_ours = True
             assert self._executor is not None
-            return self._executor
+            engine = self._executor
+        return _executor_of(engine)
 
     @executor.setter
-    def executor(self, executor: concurrent.futures.Executor | None) -> None:
+    def executor(self, engine: Engine | None) -> None:
         with self.lock:
-            if executor is None:
+            if engine is None:
                 self._forget()
             else:
-                _check_executor("unsync.thread_executor", executor)
-                self._use(executor)
+                self._use(_engine("unsync.thread_executor", engine))
                 self._is_ours = False
 
     def _forget(self) -> None:
         self._executor = None
         self.route.submit = self._submit_first
 
-    def _use(self, executor: concurrent.futures.Executor) -> None:
-        self._executor = executor
-        self.route.submit = _way_into(executor)
+    def _use(self, engine: concurrent.futures.Executor | executors.Given) -> None:
+        self._executor = engine
+        self.route.submit = executors.way_into(engine)
 
     def _submit_first(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Unfuture[Any]:
-        return _way_into(self.executor)(function, args, kwargs)
+        return executors.way_into(self.executor)(function, args, kwargs)
 
     def stop(self, timeout: float | None) -> bool:
         """Ends the executor unless somebody else assigned it; whether it ended in time."""
@@ -99,35 +102,43 @@ class _Processes:
 
     def __init__(self) -> None:
         self.pool = executors.ProcessPool()
-        self._assigned: concurrent.futures.Executor | None = None
+        self._assigned: concurrent.futures.Executor | executors.Given | None = None
         self.route = Route(self.pool.submit)
 
     @property
     def executor(self) -> concurrent.futures.Executor:
-        return self.pool.executor if self._assigned is None else self._assigned
+        assigned = self._assigned
+        return self.pool.executor if assigned is None else _executor_of(assigned)
 
     @executor.setter
-    def executor(self, executor: concurrent.futures.Executor | None) -> None:
-        if executor is None:
+    def executor(self, engine: Engine | None) -> None:
+        if engine is None:
             self._assigned = None
             self.route.submit = self.pool.submit
         else:
-            _check_executor("unsync.process_executor", executor)
-            self._assigned = executor
-            self.route.submit = _way_into(executor)
+            self._assigned = _engine("unsync.process_executor", engine)
+            self.route.submit = executors.way_into(self._assigned)
 
 
-def _way_into(
-    executor: concurrent.futures.Executor,
-) -> Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Unfuture[Any]]:
-    if type(executor) is executors.ThreadExecutor:
-        return executor.jobs.submit
-    return functools.partial(executors.submit_to, executor)
+def _engine(what: str, engine: Engine) -> concurrent.futures.Executor | executors.Given:
+    if isinstance(engine, concurrent.futures.Executor):
+        return engine
+    if callable(engine):
+        return executors.Given(what, engine)
+    raise TypeError(
+        f"{what} must be a concurrent.futures.Executor, or a callable that gives one, not "
+        f"{engine!r}"
+    )
 
 
-def _check_executor(what: str, executor: object) -> None:
-    if not isinstance(executor, concurrent.futures.Executor):
-        raise TypeError(f"{what} must be a concurrent.futures.Executor, not {executor!r}")
+def _route_to(engine: concurrent.futures.Executor | executors.Given) -> Route:
+    return Route(executors.way_into(engine), engine)
+
+
+def _executor_of(
+    engine: concurrent.futures.Executor | executors.Given,
+) -> concurrent.futures.Executor:
+    return engine.executor if isinstance(engine, executors.Given) else engine
 
 
 _ambient = Ambient()
@@ -162,6 +173,27 @@ def _shutdown(timeout: float | None) -> bool:
         _ending.release()
 
 
+def _stats() -> Stats:
+    (*loop_sums, wakeups, saved), loops = _ambient.book.read()
+    thread_sums, queues = executors.read_queues()
+    processes, others = executors.read_others()
+    queued, workers, idle, waiting = map(sum, zip((0,) * 4, *queues, strict=True))
+    return Stats(
+        coroutines=Work(*loop_sums),
+        threads=Work(*thread_sums),
+        processes=Work(*processes),
+        executors=Work(*others),
+        loop_queue=sum(left for left, _ in loops),
+        thread_queue=queued,
+        workers=workers,
+        workers_idle=idle,
+        workers_waiting=waiting,
+        wakeups=wakeups,
+        wakeups_saved=saved,
+        loop_lag=max((lag for _, lag in loops), default=0.0),
+    )
+
+
 def _at_exit() -> None:
     _common.exiting = True
     _ambient.stop(executors.EXIT_SECONDS)
@@ -194,7 +226,10 @@ def _after_fork() -> None:
     executors.after_fork()
 
 
-atexit.register(_at_exit)
+if _common.DAEMONIC:
+    atexit.register(_at_exit)
+else:
+    threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
@@ -235,29 +270,88 @@ class _Settings(type):
     def thread_executor(cls) -> concurrent.futures.Executor:
         """Runs the regular functions: a `ThreadPoolExecutor` made on first use, or any `Executor`.
 
-        Setting it to None brings back the default.
+        It can also be set to a callable that gives one, which is called at first use. Setting it
+        to None brings back the default.
 
-        :raises TypeError: when set to what is no `Executor`.
+        :raises TypeError: when set to what is no `Executor` and not callable; when the callable
+            gives something else.
         """
         return _threads.executor
 
     @thread_executor.setter
-    def thread_executor(cls, executor: concurrent.futures.Executor | None) -> None:
+    def thread_executor(cls, executor: Engine | None) -> None:
         _threads.executor = executor
 
     @property
     def process_executor(cls) -> concurrent.futures.Executor:
         """Runs the `cpu_bound` functions: a `ProcessPoolExecutor` made on first use, or any other.
 
-        Setting it to None brings back the default.
+        It can also be set to a callable that gives one, which is called at first use. Setting it
+        to None brings back the default.
 
-        :raises TypeError: when set to what is no `Executor`.
+        :raises TypeError: when set to what is no `Executor` and not callable; when the callable
+            gives something else.
         """
         return _processes.executor
 
     @process_executor.setter
-    def process_executor(cls, executor: concurrent.futures.Executor | None) -> None:
+    def process_executor(cls, executor: Engine | None) -> None:
         _processes.executor = executor
+
+    def stats(cls) -> Stats:
+        """What was done and what is pending: counts that only grow, and depths of queues.
+
+        They are always kept; asking for them takes some microseconds, and any thread may.
+        """
+        return _stats()
+
+    def calls(
+        cls, function: Callable[..., Any], *iterables: Iterable[Any], chunksize: int | None = None
+    ) -> list[Unfuture[Any]]:
+        """Calls `function(a, b, ...)` for each `a, b, ...` of the iterables, until one has ended.
+
+        As if each call were made alone, but calls to processes, and to any executor that is no
+        `ThreadExecutor`, travel in chunks: which pays for many small ones. Each has its own
+        outcome; also that it was refused.
+
+        :param function: a marked function, or a method or `functools.partial` of one.
+        :param chunksize: how many calls go together; None for about four chunks to each worker,
+            of up to 1024 calls. Coroutines and thread functions need no chunks.
+        :raises TypeError: if the function is not marked, or gives a stream or a context manager; if
+            there is no iterable, or `chunksize` is no number.
+        :raises ValueError: if `chunksize` is less than 1.
+        """
+        return fan_out.make_calls(_target("calls", function), iterables, chunksize)
+
+    def map(
+        cls,
+        function: Callable[..., Any],
+        *iterables: Iterable[Any],
+        chunksize: int | None = None,
+        in_order: bool = True,
+        read_ahead: int | None = None,
+    ) -> Stream[Any]:
+        """The results of such calls as a `Stream`, made as they are wanted.
+
+        The first calls are made at once, the others when a consumer comes for a value; it then
+        reads the iterables, which may be endless. The first failure, of a call or of an iterable,
+        is raised in its turn and ends the stream. What has not begun when a stream ends, or is
+        left, is cancelled.
+
+        :param function: as for `calls`.
+        :param chunksize: as for `calls`; where none of the iterables has a length, None is for
+            chunks that grow from one call to 256.
+        :param in_order: whether values come in the order of the arguments, or as calls are done.
+        :param read_ahead: how many calls are made, at most, whose values nobody has taken; None
+            for four chunks to each worker, but at least 64, or 1024 in chunks. When half of that
+            is left more are made.
+        :raises TypeError: as `calls`; if `read_ahead` is no number.
+        :raises ValueError: if `chunksize` is less than 1, or `read_ahead` less than `chunksize`.
+        """
+        if read_ahead is not None:
+            _check_read_ahead(read_ahead)
+        target = _target("map", function)
+        return fan_out.stream_calls(target, iterables, chunksize, in_order, read_ahead)
 
     def shutdown(cls, timeout: float | None = None) -> bool:
         """Ends everything that was started; the next call starts afresh.
@@ -290,12 +384,13 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
 
     :param func: the function to mark; left out in the forms with parentheses.
     :param cpu_bound: run it in a process.
-    :param executor: run it there instead: any `concurrent.futures.Executor`.
+    :param executor: run it there instead: any `concurrent.futures.Executor`, or a callable that
+        gives one at the first call.
     :param read_ahead: how many values of a generator function are made, at most, before somebody
         asks for them; 64 if left away.
     :raises TypeError: if `func` is not callable; if a coroutine function is to run in an executor,
-        or a generator function in a process; if `executor` is no `Executor`; if `read_ahead` is no
-        number, or `func` no generator function.
+        or a generator function in a process; if `executor` is no `Executor` and not callable; if
+        `read_ahead` is no number, or `func` no generator function.
     :raises ValueError: if `read_ahead` is less than 1.
 
     An option that nobody knows is ignored with a `RuntimeWarning` that names it.
@@ -312,7 +407,7 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         /,
         *,
         cpu_bound: bool = False,
-        executor: concurrent.futures.Executor | None = None,
+        executor: Engine | None = None,
         read_ahead: int | None = None,
         **unknown: object,
     ) -> None:
@@ -326,12 +421,11 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         function, binding = _unbind(func)
         if not callable(function):
             raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
-        if executor is not None:
-            _check_executor("the option 'executor'", executor)
+        engine = None if executor is None else _engine("the option 'executor'", executor)
         elsewhere = "cpu_bound=True" if cpu_bound else "executor=" if executor is not None else ""
         if read_ahead is not None:
             _check_read_ahead(read_ahead)
-        is_stream = True
+        gives = "Stream"
         route: Route | None
         if _is_kind(inspect.isasyncgenfunction, function):
             if elsewhere:
@@ -344,30 +438,33 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                     "generator cannot travel; make it a function that returns a list, or leave "
                     f"{elsewhere} away"
                 )
-            threads = _threads.route if executor is None else Route(_way_into(executor), executor)
+            threads = _threads.route if engine is None else _route_to(engine)
             route = Route(streams.in_threads(read_ahead or streams.READ_AHEAD, threads))
         elif context_managers.is_made_by_contextlib(_below_partials(function)):
-            is_stream = False
+            gives = "AmbientContextManager"
             if elsewhere:
                 raise _no_way("async context manager", function, elsewhere, "they")
             route = Route(context_managers.start)
         else:
-            is_stream = False
+            gives = "Unfuture"
             if _is_coroutine_function(function):
                 if elsewhere:
                     raise _no_way("coroutine function", function, elsewhere, "coroutines")
                 route = None
-            elif executor is not None:
-                route = Route(_way_into(executor), executor)
+            elif engine is not None:
+                route = _route_to(engine)
             else:
                 route = (_processes if cpu_bound else _threads).route
-        if read_ahead is not None and not is_stream:
+        if read_ahead is not None and gives != "Stream":
             raise TypeError(
                 f"{_name_of(function)} cannot be marked with read_ahead=: only generator functions "
                 "make values ahead"
             )
         super().__init__(function, route, binding)
         functools.update_wrapper(self, function)
+        self._marking = func, cpu_bound, executor, read_ahead
+        # For fan-out; after what the function may have brought of another one.
+        self._gives, self._goes_to = gives, route
 
     def __getattr__(self, name: str) -> Any:
         if name == "__annotations__":
@@ -378,14 +475,101 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     def __repr__(self) -> str:
         return f"<unsync {self.__wrapped__!r}>"
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> str | tuple[Any, ...]:
         """It pickles as functions do: by name."""
+        if "_came_by_value" in self.__dict__:
+            return _reduce_by_value(self)
         name = getattr(self, "__qualname__", None)
         if not isinstance(name, str):
             import pickle  # which takes longer to import than all the rest of unsync
 
             raise pickle.PicklingError(f"cannot pickle {self!r}: it has no name to be found by")
         return name
+
+
+def _reduce_by_value(marked: _Marked[..., Any]) -> str | tuple[Any, ...]:
+    """How a marked function travels with one that goes by value and calls it."""
+    if _travel.is_importable(marked):
+        return marked.__reduce__()
+    func, cpu_bound, executor, read_ahead = marked._marking
+    if isinstance(executor, concurrent.futures.Executor):
+        import pickle
+
+        raise pickle.PicklingError(
+            f"{marked!r} cannot go with it, since {executor!r} belongs to this process; let the "
+            "option 'executor' be a callable that gives one"
+        )
+    return _mark_again, (type(marked), func, cpu_bound, executor, read_ahead)
+
+
+def _mark_again(
+    cls: type[_Marked[..., Any]],
+    func: Callable[..., Any],
+    cpu_bound: bool,
+    executor: Engine | None,
+    read_ahead: int | None,
+) -> object:
+    marked: Any = cls(func, cpu_bound=cpu_bound, executor=executor, read_ahead=read_ahead)
+    # Whoever hands it on (Dask's scheduler does) cannot do so by its name either.
+    marked._came_by_value = True
+    return marked
+
+
+_travel.reducers[_Marked] = _reduce_by_value
+
+
+# From Python 3.14 on a partial may leave arguments open before those that it knows. That one is
+# refused: its arguments do not simply come first.
+_PLACEHOLDER = id(getattr(functools, "Placeholder", functools))
+
+
+def _target(what: str, function: Callable[..., Any]) -> fan_out.Target:
+    """What `unsync.calls` or `unsync.map` calls."""
+    below: Any = function
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    while True:
+        if isinstance(below, types.MethodType):
+            below, args = below.__func__, (below.__self__, *args)
+        elif isinstance(below, functools.partial) and _PLACEHOLDER not in map(id, below.args):
+            below, args, kwargs = below.func, (*below.args, *args), {**below.keywords, **kwargs}
+        else:
+            break
+    if not isinstance(below, _Marked):
+        raise TypeError(
+            f"unsync.{what}() takes a function marked with @unsync, not {function!r}; mark it, or "
+            "give unsync(function)"
+        )
+    if below._gives != "Unfuture":
+        article = "an" if below._gives[0] in "AU" else "a"
+        raise TypeError(
+            f"unsync.{what}() takes functions whose calls give an Unfuture, but those of "
+            f"{_name_of(below)} give {article} {below._gives}: call it yourself, once for each"
+        )
+    route = below._goes_to
+    return fan_out.Target(
+        function,
+        below.__wrapped__,
+        args,
+        kwargs,
+        None if _is_cheap(route) else route,
+        _workers_of(route),
+    )
+
+
+def _is_cheap(route: Route | None) -> bool:
+    """Whether single calls go there in batches anyway."""
+    if route is _threads.route:
+        return type(_threads.executor) is executors.ThreadExecutor
+    return route is None or type(getattr(route.submit, "__self__", None)) is JobQueue
+
+
+def _workers_of(route: Route | None) -> int:
+    """How many calls run at a time there, as far as one can know."""
+    submit: Any = getattr(route, "submit", None)
+    executor = submit.args[0] if isinstance(submit, functools.partial) else None
+    workers = getattr(executor, "_max_workers", None)
+    return workers if isinstance(workers, int) and workers > 0 else os.cpu_count() or 1
 
 
 def _unbind(func: Any) -> tuple[Any, int]:

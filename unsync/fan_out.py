@@ -1,0 +1,737 @@
+"""Fan-out: many calls of one function that go in chunks, one parcel and one wakeup for each.
+
+A chunk is one job for its executor. There it is called, and makes its calls; or it is pickled, and
+what comes back is the list of their outcomes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
+from contextvars import copy_context
+from itertools import chain, islice
+from types import TracebackType
+from typing import Any, TypeVar, cast, final
+
+from unsync import _common, _travel
+from unsync._backend import (
+    BIND_NOTHING,
+    Launcher,
+    Route,
+    Unfuture,
+    calls_elsewhere,
+    finish_calls,
+    when_done,
+)
+from unsync.streams import READ_AHEAD, Stream, _Channel
+
+__all__ = ["Target", "make_calls", "stream_calls"]
+
+T = TypeVar("T")
+
+# What a chunk is to its executor: an Unfuture if that is ours, else its own future. An Unfuture of
+# that one would be made, and told of its end, for nobody.
+_Job = Unfuture[Any] | concurrent.futures.Future[Any]
+
+# How many chunks each worker gets, where the number of calls is known: so that one whose calls take
+# longer than the others' does not keep the rest waiting for long.
+_SHARES = 4
+# The largest chunk that nobody asked for. In one of so many small calls a call's share of what the
+# chunk costs is less than what the call costs itself.
+_MOST = 1024
+# Where it is not known chunks grow up to this, from one call on.
+_MOST_GROWN = 256
+
+# Not less than so many calls of a stream are on their way in chunks, so that small ones, too, are
+# launched several at a time.
+_READ_AHEAD = 1024
+
+_PLAIN = frozenset(_travel._PLAIN)
+
+# The job of a chunk that has served.
+_SERVED: concurrent.futures.Future[None] = concurrent.futures.Future()
+_SERVED.set_result(None)
+
+
+class Target:
+    """What is called, and how.
+
+    :param function: the marked function, or what was made of it.
+    :param below: what it marks, to be called with `args`, the arguments of the call, and `kwargs`.
+    :param route: where chunks go; None where single calls cost as little.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        below: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        route: Route | None,
+        workers: int,
+    ) -> None:
+        self.function = function
+        self.below = below
+        self.args = args
+        self.kwargs = kwargs
+        self.route = route
+        self.workers = workers
+        self.name = _common.name_of(below)
+        # Whether an item is one argument, not a tuple of them: tuples cost time.
+        self.bare = False
+        self._references: dict[bool, Any] = {}
+
+    def read(self, iterables: tuple[Iterable[Any], ...]) -> Iterator[Any]:
+        """The items: what the iterables have for each call."""
+        self.bare = len(iterables) == 1 and not self.args and self.route is not None
+        return iter(iterables[0]) if self.bare else zip(*iterables, strict=False)
+
+    def arguments(self, items: list[Any]) -> list[tuple[Any, ...]]:
+        """Of each call."""
+        if self.bare:
+            return list(zip(items, strict=False))
+        return [(*self.args, *item) for item in items] if self.args else items
+
+    def are_plain(self, items: list[Any]) -> bool:
+        """Whether no argument can change, or be something that does not pickle."""
+        if self.args and not _PLAIN.issuperset(map(type, self.args)):
+            return False
+        return _PLAIN.issuperset(map(type, items if self.bare else chain.from_iterable(items)))
+
+    def reference(self, has_our_main: bool) -> Any:
+        """What `_travel.reference_to` gives, made once.
+
+        :raises pickle.PicklingError: if the function cannot go to another process.
+        """
+        if has_our_main not in self._references:
+            self._references[has_our_main] = _travel.reference_to(self.below, has_our_main)
+        return self._references[has_our_main]
+
+
+def make_calls(
+    target: Target, iterables: tuple[Iterable[Any], ...], chunksize: int | None
+) -> list[Unfuture[Any]]:
+    """What `unsync.calls()` gives."""
+    _check("calls", iterables, chunksize)
+    # Before anything is called: it may raise.
+    items = list(target.read(iterables))
+    if chunksize is None:
+        chunksize = _share(len(items), target.workers)
+    if target.route is None:
+        return _call_each(target.function, items)
+    chunks: list[_Followed] = []
+    try:
+        for start in range(0, len(items), chunksize):
+            chunk = _Followed(target, items[start : start + chunksize], target.route)
+            chunk.launch()
+            chunks.append(chunk)
+        # While the first are at work already.
+        calls: list[Unfuture[Any]] = []
+        for chunk in chunks:
+            calls += chunk.attend()
+        return calls
+    except BaseException:
+        for chunk in chunks:
+            chunk.drop()  # an interrupt: nobody will hear of these
+        raise
+
+
+def _call_each(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Unfuture[Any]]:
+    made: list[Unfuture[Any]] = []
+    try:
+        for args in items:
+            made.append(_call(function, args))  # noqa: PERF401
+    except BaseException:
+        for call in made:
+            _drop(call)
+        raise
+    return made
+
+
+def stream_calls(
+    target: Target,
+    iterables: tuple[Iterable[Any], ...],
+    chunksize: int | None,
+    in_order: bool,
+    read_ahead: int | None,
+) -> Stream[Any]:
+    """What `unsync.map()` gives."""
+    _check("map", iterables, chunksize)
+    if read_ahead is not None and chunksize is not None and read_ahead < chunksize:
+        raise ValueError(
+            f"read_ahead must be at least chunksize, which is {chunksize!r}, not {read_ahead!r}"
+        )
+    in_flight = _SHARES * target.workers
+    lengths = [len(each) for each in iterables if isinstance(each, Sized)]
+    if target.route is None:
+        most = 1
+    elif chunksize is not None:
+        most = chunksize
+    else:
+        most = _share(min(lengths), target.workers) if lengths else _MOST_GROWN
+        if read_ahead is not None:
+            most = max(1, min(most, read_ahead // in_flight))
+    first = most if chunksize is not None or lengths else 1
+    if read_ahead is None:
+        read_ahead = max(READ_AHEAD if most == 1 else _READ_AHEAD, in_flight * most)
+    items = target.read(iterables)
+    outlet = _InOrder if in_order else _AsCompleted
+    channel: _Outlet[Any] = outlet(target, items, first, most, read_ahead)
+    channel.feed()
+    return Stream(channel)
+
+
+def _check(what: str, iterables: tuple[Iterable[Any], ...], chunksize: object) -> None:
+    if not iterables:
+        raise TypeError(f"unsync.{what}() needs at least one iterable of arguments")
+    if chunksize is None:
+        return
+    if not isinstance(chunksize, int):
+        raise TypeError(f"chunksize must be a number of calls, or None, not {chunksize!r}")
+    if chunksize < 1:
+        raise ValueError(f"chunksize must be at least 1, not {chunksize!r}")
+
+
+def _share(length: int, workers: int) -> int:
+    return max(1, min(_MOST, -(-length // (workers * _SHARES))))
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Unfuture[Any]:
+    try:
+        unfuture: Unfuture[Any] = function(*args)
+    except Exception as exc:
+        unfuture = Unfuture()
+        unfuture.set_exception(exc)
+    return unfuture
+
+
+def _drop(call: _Job) -> None:
+    """Cancels it if it has not begun; if it has, what comes of it is no news."""
+    if not call.cancel() and isinstance(call, Unfuture):
+        when_done(call, _look_away)
+
+
+def _when_done(job: _Job, function: Callable[[Any], object]) -> None:
+    """Has the thread that finishes it call `function(job)`; at once if it is done."""
+    if isinstance(job, Unfuture):
+        when_done(job, function)
+    else:
+        job.add_done_callback(function)
+
+
+def _look_away(call: Unfuture[Any]) -> None:
+    if not call.cancelled():
+        call.exception()
+
+
+class _Single:
+    """A call that goes alone, as a stream sees it."""
+
+    size = 1
+
+    def __init__(self, job: Unfuture[Any]) -> None:
+        self.job = job
+
+    def drop(self) -> None:
+        _drop(self.job)
+
+    def take(self) -> tuple[list[Any], BaseException | None]:
+        """The values of a done one, and the failure that came after them."""
+        if self.job.cancelled():
+            return [], asyncio.CancelledError()
+        failure = self.job.exception()
+        return ([self.job.result()], None) if failure is None else ([], failure)
+
+
+class _Chunk(_travel.Bundle):
+    """Some calls as one job: called where its executor runs it, in this process or another.
+
+    A job that is not ours keeps its callbacks, and with them perhaps this: so it is let go of when
+    it has served.
+    """
+
+    job: _Job
+
+    def __init__(self, target: Target, items: list[Any], route: Route) -> None:
+        self.target = target
+        self.function = target.below
+        self.kwargs = target.kwargs
+        self.items = items
+        self.size = len(items)
+        self.route = route
+        # The name of its job, also in errors.
+        self.__qualname__ = self.name = target.name
+        # Why calls could not travel, by their places.
+        self.unsent: dict[int, Exception] = {}
+        self.dropped = False
+
+    def launch(self) -> None:
+        try:
+            launcher: Any = Launcher(self, self.route, BIND_NOTHING)
+            self.job = cast("Callable[[], _Job]", launcher)()
+        except Exception as exc:
+            # It cannot travel, or the executor takes no work.
+            self.job = Unfuture()
+            self.job.set_exception(exc)
+
+    def drop(self) -> None:
+        self.dropped = True
+        _drop(self.job)
+        self.job = _SERVED
+
+    # Here.
+
+    def __call__(self) -> tuple[bool, list[Any]] | None:
+        """In a thread: makes the calls; as `_make_all`, but nothing need be pickled."""
+        arguments = self.target.arguments(self.items)
+        return False, [self.make(args) for args in arguments if not self.dropped]
+
+    def make(self, args: tuple[Any, ...]) -> tuple[int, Any]:
+        try:
+            return _common.FINISHED, copy_context().run(
+                functools.partial(self.function, *args, **self.kwargs)
+            )
+        except BaseException as exc:
+            return _common.FAILED, exc
+        finally:
+            del self, args  # the error's traceback holds this frame
+
+    # Away.
+
+    def parcel(self, has_our_main: bool) -> tuple[Any, ...]:
+        """Packs each call as if it travelled alone: what one does to an argument, none other sees.
+
+        Of arguments that cannot change that is true anyway.
+        """
+        target = self.target
+        function = target.reference(has_our_main)
+        if (
+            isinstance(function, _travel.Reference)
+            and not self.kwargs
+            and target.are_plain(self.items)
+        ):
+            if target.bare:
+                return _make_each, self.name, function, self.items
+            return _make_all, self.name, function, target.arguments(self.items)
+        arguments = target.arguments(self.items)
+        parcels = [self.pack(function, has_our_main, *each) for each in enumerate(arguments)]
+        return _make_all, self.name, None, parcels
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For an executor that pickles its jobs itself."""
+        return functools.partial, self.parcel(False)
+
+    def pack(
+        self, function: Any, has_our_main: bool, place: int, args: tuple[Any, ...]
+    ) -> bytes | None:
+        try:
+            return _travel.pack(self.function, function, args, self.kwargs, has_our_main)[1]
+        except Exception as exc:
+            self.unsent[place] = exc
+            return None
+
+    # Back again.
+
+    def failure(self) -> BaseException | None:
+        """Of a done one: what all of its calls failed with."""
+        if self.job.cancelled():
+            return asyncio.CancelledError()
+        return self.job.exception()
+
+    def values(self) -> list[Any] | None:
+        """Of a done one without such a failure: the results, if that is all that came back."""
+        are_values, outcomes = self.job.result()
+        return outcomes if are_values and not self.unsent else None
+
+    def outcomes(self) -> Iterator[tuple[int, Any]]:
+        """Of a done one without such a failure: status and outcome of each call."""
+        for place, outcome in enumerate(self.job.result()[1]):
+            if place in self.unsent:
+                yield _common.FAILED, self.unsent[place]
+            elif type(outcome) is not tuple:
+                yield _common.FINISHED, outcome
+            elif type(outcome[1]) is _Pickled:
+                yield self.unpack(*outcome)
+            else:
+                yield outcome
+
+    def unpack(self, status: int, pickled: _Pickled) -> tuple[int, Any]:
+        import pickle
+
+        try:
+            return status, pickle.loads(pickled)
+        except Exception as exc:
+            error = pickle.UnpicklingError(
+                f"the result of {self.name} cannot be unpickled in process {os.getpid()}: {exc}"
+            )
+            error.__cause__ = exc
+            return _common.FAILED, error
+
+    def take(self) -> tuple[list[Any], BaseException | None]:
+        """The values of a done one, and the failure that came after them."""
+        try:
+            failure = self.failure()
+            if failure is not None:
+                return [], failure
+            values = self.values()
+            if values is not None:
+                return values, None
+            values = []
+            for status, outcome in self.outcomes():
+                if status == _common.FAILED:
+                    return values, outcome
+                values.append(outcome)
+            return values, None
+        finally:
+            self.job = _SERVED
+
+
+@final
+class _Followed(_Chunk):
+    """One whose calls have Unfutures."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.lock = threading.Lock()  # guards what follows
+        self.calls: list[Unfuture[Any]] = []
+
+    def follow(self) -> list[Unfuture[Any]]:
+        """The Unfutures of the calls, made by the first who asks."""
+        with self.lock:
+            if not self.calls:
+                self.calls = calls_elsewhere(self.name, self.size)
+                self.watched = iter(self.calls)
+            return self.calls
+
+    def attend(self) -> list[Unfuture[Any]]:
+        """Has the calls done when the job is, and the job cancelled when they are."""
+        calls = self.follow()
+        _when_done(self.job, self.arrive)
+        self.watch(None)
+        return calls
+
+    def watch(self, _: object) -> None:
+        """Cancels the job when all calls are cancelled: waits for one after the other."""
+        job = self.job
+        if job.done():
+            return
+        for call in self.watched:
+            if not call.cancelled():
+                if not call.done():
+                    when_done(call, self.watch)
+                return
+        job.cancel()
+
+    def __call__(self) -> None:
+        calls = self.follow()
+        for call, args in zip(calls, self.target.arguments(self.items), strict=True):
+            try:
+                if not call.set_running_or_notify_cancel():
+                    continue
+            except RuntimeError:
+                continue  # somebody has set its outcome
+            call._complete(*self.make(args))
+
+    def arrive(self, job: _Job) -> None:
+        """The job is done: gives the calls their outcomes, unless they have them."""
+        calls = self.calls
+        if job.cancelled():
+            for call in calls:
+                call.cancel()
+        elif (failure := self.failure()) is not None:
+            for call in calls:
+                call._complete(_common.FAILED, failure)
+        elif job.result() is not None:
+            values = self.values()
+            if values is not None:
+                finish_calls(calls, values)
+            else:
+                for call, outcome in zip(calls, self.outcomes(), strict=False):
+                    call._complete(*outcome)
+            for call in calls[len(job.result()[1]) :]:
+                error = RuntimeError(f"no outcome of {self.name} came back")
+                call._complete(_common.FAILED, error)
+        self.calls, self.items, self.job = [], [], _SERVED
+
+
+class _Pickled(bytes):
+    """An outcome, pickled where the call was made."""
+
+    __slots__ = ()
+
+
+# In the worker process. Both give whether there are only plain results; and of each call the result
+# if it is plain, else status and pickled outcome.
+
+
+def _make_all(name: str, function: Any, parcels: list[Any]) -> tuple[bool, list[Any]]:
+    """:param parcels: of each call the arguments, or what `_travel.run` takes; None for no call."""
+    function = _found(function)
+    outcomes: list[Any] = []
+    plain = True
+    left = iter(parcels)
+    while len(outcomes) < len(parcels):
+        try:
+            for parcel in left:
+                if type(parcel) is tuple:
+                    result = function(*parcel)
+                else:
+                    result = None if parcel is None else _travel.run(name, parcel)
+                if type(result) not in _PLAIN:
+                    plain = False
+                    result = _pack(name, result)
+                outcomes.append(result)
+        except BaseException as exc:  # noqa: PERF203  # entered once for each failure
+            plain = False
+            outcomes.append(_pack_failure(name, exc))
+    return plain, outcomes
+
+
+def _make_each(name: str, function: Any, arguments: list[Any]) -> tuple[bool, list[Any]]:
+    """The same where each call has one plain argument; on its own, since it is so much faster."""
+    function = _found(function)
+    outcomes: list[Any] = []
+    plain = True
+    left = iter(arguments)
+    while len(outcomes) < len(arguments):
+        try:
+            for argument in left:
+                result = function(argument)
+                if type(result) not in _PLAIN:
+                    plain = False
+                    result = _pack(name, result)
+                outcomes.append(result)
+        except BaseException as exc:  # noqa: PERF203
+            plain = False
+            outcomes.append(_pack_failure(name, exc))
+    return plain, outcomes
+
+
+def _found(function: Any) -> Any:
+    if isinstance(function, _travel.Reference):
+        with suppress(Exception):  # else each call says why
+            return function._find()
+    return function
+
+
+def _pack(name: str, result: object) -> tuple[int, _Pickled]:
+    if type(result) is _travel._Parcel:
+        return _common.FINISHED, _Pickled(result._pickled)
+    try:
+        return _common.FINISHED, _Pickled(_travel._dumps(result))
+    except Exception as exc:
+        error = _travel.no_way_back(name, result, exc)
+    raise error
+
+
+def _pack_failure(name: str, failure: BaseException) -> tuple[int, _Pickled]:
+    from concurrent.futures.process import _ExceptionWithTraceback
+
+    carried = _travel.pack_failure(name, failure)
+    if isinstance(carried, Exception):
+        failure = carried
+    told = _ExceptionWithTraceback(failure, cast(TracebackType, failure.__traceback__))
+    return _common.FAILED, _Pickled(_travel._dumps(told))
+
+
+_Part = _Chunk | _Single
+
+
+class _Outlet(_Channel[T]):
+    """The values of calls, which are made when a consumer comes and there is room for more.
+
+    The iterables are read by the consumers, one at a time.
+
+    :param first: how many calls are in the first chunk; the next has twice as many.
+    :param most: how many there are in a chunk at most.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        source: Iterator[Any],
+        first: int,
+        most: int,
+        read_ahead: int,
+    ) -> None:
+        super().__init__(read_ahead)
+        self.target = target
+        self.read_ahead = read_ahead
+        self.size = min(first, read_ahead)
+        self.most = min(most, read_ahead)
+        self.pid = os.getpid()
+        # What was launched and not taken, in order; and how many calls those are. These are guarded
+        # by the lock.
+        self.parts: OrderedDict[_Part, None] = OrderedDict()
+        self.ahead = 0
+        # None when it is read to its end, or nobody wants more of it.
+        self.source: Iterator[Any] | None = source
+        self.feeding = False
+        # What the iterables raised, to be told after the values before it.
+        self.broken: Exception | None = None
+
+    def next_done(self) -> _Part | None:
+        """Under the lock: takes the next one out of the parts that is done."""
+        raise NotImplementedError
+
+    def watch(self, part: _Part) -> None:
+        """Under the lock: it was launched, and added to the parts."""
+
+    def feed(self) -> None:
+        """Makes as many calls as there is room for, if there is not enough on its way."""
+        with self.lock:
+            if self.feeding or self.source is None or 2 * self.ahead > self.read_ahead:
+                return
+            self.feeding = True
+        try:
+            while self.feed_chunk():
+                pass
+        except Exception as exc:
+            with self.lock:
+                self.source = None
+                self.broken = exc
+        except BaseException:
+            self.close()  # an interrupt: nobody knows what was left out
+            raise
+        finally:
+            with self.lock:
+                self.feeding = False
+            self.tell(None)
+
+    def feed_chunk(self) -> bool:
+        """Whether it makes sense to go on."""
+        with self.lock:
+            source, size = self.source, self.size
+            if source is None or self.ahead + len(self.taken) + size > self.read_ahead:
+                return False
+        items: list[Any] = []
+        try:
+            items += islice(source, size)  # those that come before a failure count
+        finally:
+            if items:
+                self.launch(items)
+        self.size = min(2 * size, self.most)
+        if len(items) == size:
+            return True
+        with self.lock:
+            self.source = None
+        return False
+
+    def launch(self, items: list[Any]) -> None:
+        part: _Part
+        if self.target.route is None:
+            part = _Single(_call(self.target.function, items[0]))
+        else:
+            part = _Chunk(self.target, items, self.target.route)
+            part.launch()
+        with self.lock:
+            if self.source is not None:
+                self.parts[part] = None
+                self.ahead += part.size
+                self.watch(part)
+                return
+        part.drop()  # the stream was left meanwhile
+
+    def tell(self, _: object) -> None:
+        """Has all consumers that wait look again."""
+        with self.lock:
+            waiters, self.waiters = self.waiters, deque()
+        for waiter in waiters:
+            self.wake(waiter)
+
+    def refill(self) -> Unfuture[None] | bool:
+        if os.getpid() != self.pid:
+            raise _common.orphan_error()
+        self.feed()
+        dropped: list[_Part] = []
+        try:
+            with self.lock:
+                dropped = self.collect()
+                return super().refill()
+        finally:
+            for part in dropped:
+                part.drop()
+
+    def collect(self) -> list[_Part]:
+        """Under the lock: takes what is done; gives what is dropped for a failure."""
+        while (part := self.next_done()) is not None:
+            self.ahead -= part.size
+            values, failure = part.take()
+            self.taken += values
+            if failure is not None:
+                dropped = self.forget()
+                self.finish(failure)
+                return dropped
+        if self.source is None and not self.feeding and not self.parts:
+            broken, self.broken = self.broken, None
+            self.finish(broken)
+        return []
+
+    def forget(self) -> list[_Part]:
+        """Under the lock: nobody wants more; gives what was launched for nothing."""
+        self.source = None
+        parts = [*self.parts]
+        self.parts.clear()
+        self.ahead = 0
+        return parts
+
+    def close(self) -> Unfuture[None]:
+        with self.lock:
+            dropped = self.forget()
+            closed = super().close()
+            self.finish(None)
+        for part in dropped:
+            part.drop()
+        return closed
+
+
+@final
+class _InOrder(_Outlet[T]):
+    def first(self) -> _Part | None:
+        return next(iter(self.parts), None)
+
+    def next_done(self) -> _Part | None:
+        first = self.first()
+        if first is None or not first.job.done():
+            return None
+        del self.parts[first]
+        return first
+
+    def refill(self) -> Unfuture[None] | bool:
+        found = super().refill()
+        if isinstance(found, Unfuture):
+            with self.lock:
+                first = self.first()
+            if first is not None:
+                _when_done(first.job, self.tell)
+        return found
+
+
+@final
+class _AsCompleted(_Outlet[T]):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.completed: deque[_Part] = deque()
+
+    def watch(self, part: _Part) -> None:
+        _when_done(part.job, functools.partial(self.complete, part))
+
+    def complete(self, part: _Part, _: object) -> None:
+        with self.lock:
+            self.completed.append(part)
+            if self.waiters:
+                self.tell(None)
+
+    def next_done(self) -> _Part | None:
+        while self.completed:
+            part = self.completed.popleft()
+            if part in self.parts:
+                del self.parts[part]
+                return part
+        return None
