@@ -1,0 +1,86 @@
+"""The room with the real servers: it answers, and leaves nothing behind however it is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import databases
+import pytest
+from conftest import PATIENCE
+
+reason = databases.missing()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytest.importorskip("psycopg", reason="without it there are no tests that need the databases")
+
+PROGRAM = """
+import time
+from databases import databases
+
+with databases() as found:
+    print(found.postgres, found.redis, flush=True)
+    time.sleep(3600)
+"""
+
+
+def commands_with(text: str) -> list[str]:
+    """The command lines of all processes that have the text in them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it ended meanwhile
+        if text in line:
+            found.append(line)
+    return found
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that PostgreSQL's own user gets through: those of `tmp_path` are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_servers_and_removes_their_data(
+    open_folder: Path, number: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "TMPDIR": str(open_folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        postgres, redis = process.stdout.readline().split()
+        assert postgres.startswith("postgresql://unsync@127.0.0.1:")
+        assert redis.startswith("redis://127.0.0.1:")
+        (folder,) = open_folder.glob("unsync-databases-*")
+        server = redis.removeprefix("redis://").removesuffix("/0")
+        assert commands_with(str(folder))
+        assert commands_with(f"redis-server {server}")
+        process.send_signal(number)
+        assert process.wait(PATIENCE) != 0
+        assert not folder.exists()
+        assert not commands_with(str(folder))
+        assert not commands_with(f"redis-server {server}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(RuntimeError, match="redis-server is not installed"):
+        databases.databases().__enter__()
