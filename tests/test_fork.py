@@ -703,3 +703,35 @@ if __name__ == "__main__":
 """,
         START_METHOD=method,
     )
+
+
+def test_threads_of_a_child_look_at_a_pending_one_at_once(end: Callable[..., str]) -> None:
+    # The fallback is stopped at each of its lines; the compiled core has none between its two steps.
+    end("""
+LINES = 12
+pending = [Unfuture() for _ in range(LINES)]
+for unfuture in pending:
+    unfuture.set_running_or_notify_cancel()
+
+def child():
+    for k, unfuture in enumerate(pending):
+        called = threading.Event()
+        other = threading.Thread(target=unfuture.add_done_callback, args=[lambda _: called.set()])
+        lines = iter(range(LINES))
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_name == "_check_fork":
+                if event == "line" and next(lines, None) == k:
+                    other.start()
+                    other.join(0.1)
+                return trace
+
+        sys.settrace(trace)
+        assert unfuture.done()
+        sys.settrace(None)
+        if other.ident is None:
+            other.start()
+        assert called.wait(5), f"the callback was lost at line {k}"
+
+fork(child)
+""")

@@ -11,8 +11,8 @@ Who may touch what:
   that its own thread cannot take twice. So nothing in it raises, calls Python code, looks up an
   attribute, drops a last reference (that may run a `__del__`) or makes a container (that may run
   the garbage collector, before 3.12).
-- An Unfuture's `_status` is written in its section and last, and may be read anywhere: a final
-  one says that `_outcome` and `_extra` are in place and will not change.
+- An Unfuture's `_status` is written in its section and last, and may be read anywhere with `load`:
+  a final one says that `_outcome` and `_extra` are in place and will not change.
 - A waiter belongs to whoever took it from the Unfuture's chain, and is fired once.
 - A mailbox's `live` is written by its loop's thread only.
 """
@@ -1421,12 +1421,15 @@ cdef class Unfuture(_Item):
         :raises CancelledError: if it was cancelled.
         :raises BaseException: what the function raised.
         """
+        cdef int status
         note_result()
-        if load(&self._status) < CANCELLED:
+        status = load(&self._status)
+        if status < CANCELLED:
             self.wait(timeout)
-        if self._status == FINISHED:
+            status = load(&self._status)
+        if status == FINISHED:
             return self._outcome
-        if self._status == FAILED:
+        if status == FAILED:
             store(&self._unseen, False)
             raise self._outcome.with_traceback(self._extra)
         raise cancelled_error(self._outcome, running_loop() is not None)
@@ -1438,12 +1441,15 @@ cdef class Unfuture(_Item):
         :raises InvalidStateError: in `unsync.thread`, if it is not done.
         :raises CancelledError: if it was cancelled.
         """
+        cdef int status
         note_result()
-        if load(&self._status) < CANCELLED:
+        status = load(&self._status)
+        if status < CANCELLED:
             self.wait(timeout)
-        if self._status == FINISHED:
+            status = load(&self._status)
+        if status == FINISHED:
             return None
-        if self._status == FAILED:
+        if status == FAILED:
             store(&self._unseen, False)
             return self._outcome
         raise cancelled_error(self._outcome, running_loop() is not None)
@@ -2106,15 +2112,20 @@ cdef class Unfuture(_Item):
         return 0
 
     cdef int disown(self) except -1:
+        cdef bint whole
         with _fork_lock:
             if self._generation == _generation:
                 return 0
+            renew_lock(self)  # a thread of the parent may have had it
+            whole = self._status >= CANCELLED or (self._status == PENDING and self._source is None)
+            if not whole:
+                # Who waited is with the parent too.
+                chain, self._chain = self._chain, None
+                side, self._side = self._side, None
+            # Last: another thread of the child that sees it may add itself to the chain.
             self._generation = _generation
-            if self._status >= CANCELLED or (self._status == PENDING and self._source is None):
-                return 0
-            # Who waited is with the parent too.
-            self._chain = None
-            self._side = None
+        if whole:
+            return 0
         self.complete(FAILED, orphan_error(), ANY)
         store(&self._unseen, False)
         return 0
@@ -2138,9 +2149,10 @@ cdef class Unfuture(_Item):
 
     cdef awaited(self):
         """The outcome as `await` gives it."""
-        if self._status == FINISHED:
+        cdef int status = load(&self._status)
+        if status == FINISHED:
             return self._outcome
-        if self._status == FAILED:
+        if status == FAILED:
             store(&self._unseen, False)
             raise awaited_exception(self._outcome.with_traceback(self._extra))
         raise cancelled_error(self._outcome, True)

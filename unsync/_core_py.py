@@ -1603,12 +1603,16 @@ class Unfuture(Generic[T]):
         with _fork_lock:
             if self._generation == _generation:
                 return
+            self._lock = threading.RLock()  # a thread of the parent may have had it
+            whole = self._status >= CANCELLED or (self._status == PENDING and self._source is None)
+            if not whole:
+                # Who waited is with the parent too.
+                _chain, self._chain = self._chain, None
+                _side, self._side = self._side, None
+            # Last: another thread of the child that sees it may add itself to the chain.
             self._generation = _generation
-            self._lock = threading.RLock()  # a thread of the parent may have held it
-            if self._status >= CANCELLED or (self._status == PENDING and self._source is None):
-                return
-            # Who waited is with the parent too.
-            self._chain = self._side = None
+        if whole:
+            return
         self._complete(FAILED, orphan_error())
         self._unseen = False
 
