@@ -706,7 +706,7 @@ if __name__ == "__main__":
 
 
 def test_threads_of_a_child_look_at_a_pending_one_at_once(end: Callable[..., str]) -> None:
-    # The fallback is stopped at each of its lines; the compiled core has none between its two steps.
+    # The fallback is stopped at each of its lines; the compiled core has no lines to stop at.
     end("""
 LINES = 12
 pending = [Unfuture() for _ in range(LINES)]
