@@ -1880,6 +1880,28 @@ cdef class Unfuture(_Item):
             fire_all(self, chain)
         return True
 
+    cdef bint keep_result(self, result) noexcept:
+        """What `complete` comes to for a call from `calls_elsewhere` that nobody waits for yet.
+
+        In less than half the time; False, and nothing done, for any other.
+        """
+        cdef bint kept
+        lock(self)
+        kept = (
+            self._status == PENDING
+            and self._kind == NAME
+            and self._chain is None
+            and self._side is None
+            and self._generation == _generation
+        )
+        if kept:
+            self._outcome = result  # it was None
+            if PyObject_IS_GC(result):
+                track(self)
+            store(&self._status, FINISHED)
+        unlock(self)
+        return kept
+
     def _complete(self, status, outcome, expected=None):
         """Makes it done and tells everybody; False if it was done already."""
         return self.complete(status, outcome, ANY if expected is None else expected)
@@ -2261,7 +2283,8 @@ def finish_calls(list calls, list results):
     """Gives each its result, unless it is done; those that there is no result for stay."""
     cdef Unfuture unfuture
     for unfuture, result in zip(calls, results):
-        unfuture.complete(FINISHED, result, ANY)
+        if not unfuture.keep_result(result):
+            unfuture.complete(FINISHED, result, ANY)
 
 
 @cython.final

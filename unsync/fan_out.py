@@ -338,20 +338,18 @@ class _Chunk(_travel.Bundle):
 
     # Back again.
 
-    def failure(self) -> BaseException | None:
-        """Of a done one: what all of its calls failed with."""
-        if self.job.cancelled():
-            return asyncio.CancelledError()
-        return self.job.exception()
+    def look(self) -> tuple[BaseException | None, Any]:
+        """Of a done one: what all of its calls failed with, else what came back."""
+        try:
+            # No more questions than that: each takes the lock of a future that is not ours.
+            failure = self.job.exception()
+            return failure, None if failure is not None else self.job.result()
+        except (asyncio.CancelledError, concurrent.futures.CancelledError):
+            return asyncio.CancelledError(), None
 
-    def values(self) -> list[Any] | None:
-        """Of a done one without such a failure: the results, if that is all that came back."""
-        are_values, outcomes = self.job.result()
-        return outcomes if are_values and not self.unsent else None
-
-    def outcomes(self) -> Iterator[tuple[int, Any]]:
-        """Of a done one without such a failure: status and outcome of each call."""
-        for place, outcome in enumerate(self.job.result()[1]):
+    def outcomes(self, outcomes: list[Any]) -> Iterator[tuple[int, Any]]:
+        """Status and outcome of each call, of what came back."""
+        for place, outcome in enumerate(outcomes):
             if place in self.unsent:
                 yield _common.FAILED, self.unsent[place]
             elif type(outcome) is not tuple:
@@ -376,14 +374,14 @@ class _Chunk(_travel.Bundle):
     def take(self) -> tuple[list[Any], BaseException | None]:
         """The values of a done one, and the failure that came after them."""
         try:
-            failure = self.failure()
+            failure, came_back = self.look()
             if failure is not None:
                 return [], failure
-            values = self.values()
-            if values is not None:
-                return values, None
-            values = []
-            for status, outcome in self.outcomes():
+            are_values, outcomes = came_back
+            if are_values and not self.unsent:
+                return outcomes, None
+            values: list[Any] = []
+            for status, outcome in self.outcomes(outcomes):
                 if status == _common.FAILED:
                     return values, outcome
                 values.append(outcome)
@@ -441,20 +439,22 @@ class _Followed(_Chunk):
     def arrive(self, job: _Job) -> None:
         """The job is done: gives the calls their outcomes, unless they have them."""
         calls = self.calls
-        if job.cancelled():
+        failure, came_back = self.look()
+        if failure is not None:
+            cancelled = job.cancelled()
             for call in calls:
-                call.cancel()
-        elif (failure := self.failure()) is not None:
-            for call in calls:
-                call._complete(_common.FAILED, failure)
-        elif job.result() is not None:
-            values = self.values()
-            if values is not None:
-                finish_calls(calls, values)
+                if cancelled:
+                    call.cancel()
+                else:
+                    call._complete(_common.FAILED, failure)
+        elif came_back is not None:
+            are_results, outcomes = came_back
+            if are_results and not self.unsent:
+                finish_calls(calls, outcomes)
             else:
-                for call, outcome in zip(calls, self.outcomes(), strict=False):
+                for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
                     call._complete(*outcome)
-            for call in calls[len(job.result()[1]) :]:
+            for call in calls[len(outcomes) :]:
                 error = RuntimeError(f"no outcome of {self.name} came back")
                 call._complete(_common.FAILED, error)
         self.calls, self.items, self.job = [], [], _SERVED
