@@ -2142,8 +2142,8 @@ cdef class Unfuture(_Item):
             whole = self._status >= CANCELLED or (self._status == PENDING and self._source is None)
             if not whole:
                 # Who waited is with the parent too.
-                chain, self._chain = self._chain, None
-                side, self._side = self._side, None
+                _chain, self._chain = self._chain, None
+                _side, self._side = self._side, None
             # Last: another thread of the child that sees it may add itself to the chain.
             self._generation = _generation
         if whole:
