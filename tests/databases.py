@@ -128,7 +128,8 @@ def _postgres(folder: Path) -> Iterator[str]:
         who |= {"user": user[0], "group": user[1], "extra_groups": []}
     made = subprocess.run(
         [
-            *(binaries / "initdb", "--pgdata", data, "--username", "unsync", "--auth", "trust"),
+            *(str(binaries / "initdb"), "--pgdata", str(data), "--username", "unsync"),
+            *("--auth", "trust"),
             *("--encoding", "UTF8", "--locale", "C", "--no-sync"),
         ],
         **who,
