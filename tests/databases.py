@@ -144,7 +144,7 @@ def _postgres(folder: Path) -> Iterator[str]:
         command += ["-c", setting]
 
     def is_ready() -> bool:
-        asked = [binaries / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(port)]
+        asked = [str(binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
         return subprocess.run(asked, start_new_session=True).returncode == 0
 
     # SIGINT is its fast shutdown, which waits for no client.

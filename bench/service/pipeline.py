@@ -51,6 +51,7 @@ def run_here(way: str, job: work.Job, with_faults: bool) -> dict[str, Any]:
     faults = {"worker": watch.worker, "connection": watch.connection}
     return {
         "at": watch.at,
+        "processor_seconds": watch.processor,
         "most_ahead": watch.most_ahead,
         "faults": {
             name: {"killed": fault.killed, "made_again": fault.made_again}

@@ -226,12 +226,14 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.at["start"] = time.monotonic()
+        self.processor = -time.process_time()  # seconds, of this process alone
         self._bar.start()
         self._task = self._bar.add_task("sales written", total=self.count)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.at["end"] = time.monotonic()
+        self.processor += time.process_time()
         self._bar.stop()
         self._over.set()
         for thread in self._threads:
