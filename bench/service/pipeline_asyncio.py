@@ -83,8 +83,7 @@ class Pipeline:
             self.watch.has_written(len(rows))
 
     async def look_up(self, customers: list[int]) -> dict[int, str]:
-        parts = [customers[i : i + work.KEYS] for i in range(0, len(customers), work.KEYS)]
-        found = await asyncio.gather(*map(self.ask, parts))
+        found = await asyncio.gather(*map(self.ask, work.parts(customers)))
         return dict(zip(customers, (each for part in found for each in part), strict=True))
 
     async def ask(self, customers: list[int], attempts: int = work.ATTEMPTS) -> list[str]:

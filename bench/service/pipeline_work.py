@@ -28,12 +28,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 READ_AHEAD = 4  # batches that are read and wait
 IN_FLIGHT = 8  # batches on their way from there to the database
 CHUNK = 10  # calls of `aggregate` in a parcel to a process: there are REGIONS of them in a batch
-KEYS = 100  # keys that one request to Redis asks for
+REQUESTS = 10  # to Redis for a batch
 REDIS_CONNECTIONS = 8
 POSTGRES_CONNECTIONS = 4
 WORKERS = os.cpu_count() or 1
 ATTEMPTS = 5
 PAUSE = 0.05  # seconds before Redis is asked again
+
+REST = 0.1  # seconds that something rests before it is killed
 
 CUSTOMERS = 10_000
 REGIONS = 20
@@ -98,6 +100,12 @@ def parse(line: str) -> Sale:
 
 def next_batch(file: IO[str], size: int) -> list[Sale]:
     return [parse(line) for line in islice(file, size)]
+
+
+def parts(customers: list[int]) -> list[list[int]]:
+    """What each request to Redis asks for."""
+    size = -(-len(customers) // REQUESTS)
+    return [customers[at : at + size] for at in range(0, len(customers), size)]
 
 
 def by_region(sales: list[Sale], known: dict[int, str]) -> Regions:
@@ -189,7 +197,7 @@ class Fault:
         """Kills one, and if that was of no consequence, since nobody needed it, another one."""
         while not over.is_set() and not self.noticed.is_set():
             self.killed += self.strike()
-            self.noticed.wait(2)
+            self.noticed.wait(0.5)
 
     def notice(self, calls: int) -> None:
         self.made_again += calls
@@ -260,11 +268,16 @@ class Watch:
 
 def kill_a_worker() -> bool:
     """Whether there was one."""
-    victim = next(iter(multiprocessing.active_children()), None)
-    if victim is None or victim.pid is None:
-        return False
-    os.kill(victim.pid, signal.SIGKILL)
-    return True
+    workers = [each.pid for each in multiprocessing.active_children() if each.pid is not None]
+    # They rest first, so that the pipeline is waiting for them.
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(REST)
+    for pid in workers[:1]:
+        os.kill(pid, signal.SIGKILL)
+    for pid in workers[1:]:
+        os.kill(pid, signal.SIGCONT)
+    return bool(workers)
 
 
 def kill_a_connection(url: str) -> bool:
@@ -273,9 +286,9 @@ def kill_a_connection(url: str) -> bool:
         if not ours:
             return False
         with client.pipeline(transaction=False) as at_once:
-            # The server rests first: so the others have time to ask it something. It kills before
-            # it answers any of them.
-            at_once.client_pause(100)
+            # The server rests first, so that the pipeline is waiting for it. Then it does this
+            # before it answers what came later.
+            at_once.client_pause(int(REST * 1000))
             at_once.client_kill_filter(_id=ours[0])
             _, killed = at_once.execute()
     return bool(killed)
