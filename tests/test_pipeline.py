@@ -80,6 +80,7 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         "accounted": expected,
         "most_ahead": 130,
         "memory_growth": pipeline.MOST_GROWTH,
+        "memory_above_a_tenth": pipeline.MOST_GROWTH,
         "faults": {"worker": fault, "connection": fault},
     }
     assert pipeline.problems(right, expected, job, True) == []
@@ -93,12 +94,18 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
         (problem,) = pipeline.problems(wrong, expected, job, True)
         return problem
 
-    for what in expected:
-        assert what in told("accounted", what, value=99)
-    region = next(iter(expected["by_sale"]))
-    assert "by_sale" in told("accounted", "by_sale", region, value=[1, 2])
+    for what, value in expected.items():
+        if isinstance(value, dict):
+            region = next(iter(value))
+            assert f"{what}, {region}: [1, 2] in the" in told(
+                "accounted", what, region, value=[1, 2]
+            )
+            assert f"{what}, new" in told("accounted", what, "new", value=[1, 2])
+        else:
+            assert f"{what}: 99 in the" in told("accounted", what, value=99)
     assert "131 sales were on their way" in told("most_ahead", value=131)
-    assert "memory" in told("memory_growth", value=pipeline.MOST_GROWTH + 1)
+    for growth in ("memory_growth", "memory_above_a_tenth"):
+        assert growth in told(growth, value=pipeline.MOST_GROWTH + 1)
     for name in ("worker", "connection"):
         assert f"no {name} was killed" in told("faults", name, "made_again", value=0)
 

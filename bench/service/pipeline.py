@@ -23,6 +23,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from redis import asyncio as redis
 from service import pipeline_work as work
 
 WAYS = ("unsync", "asyncio")
-# By how much the peak of all processes of the pipeline may be above that of the first quarter. All
-# of 100,000 sales at once would take more.
+# By how much the peak of all processes of the pipeline may be above that of the first quarter, and
+# above that of a run with a tenth of the records. All of 100,000 at once take twice as much.
 MOST_GROWTH = 16 * 2**20
 PATIENCE = 600
 
@@ -95,19 +96,32 @@ def problems(
 ) -> list[str]:
     """What a run is to be blamed for."""
     wrong = [
-        f"{what}: {found['accounted'][what]} in the database, {value} in the file"
-        for what, value in expected.items()
-        if found["accounted"][what] != value
+        f"{what}: {there!r} in the database, {value!r} in the file"
+        for what, there, value in differences(found["accounted"], expected)
     ]
     most_ahead = (work.READ_AHEAD + work.IN_FLIGHT + 1) * job.batch
     if found["most_ahead"] > most_ahead:
         wrong.append(f"{found['most_ahead']} sales were on their way, more than {most_ahead}")
-    if found.get("memory_growth", 0) > MOST_GROWTH:
-        wrong.append(f"the memory grew by {found['memory_growth']} bytes")
+    wrong += [
+        f"{growth}: {found[growth]} bytes"
+        for growth in ("memory_growth", "memory_above_a_tenth")
+        if found.get(growth, 0) > MOST_GROWTH
+    ]
     for name, fault in found["faults"].items():
         if with_faults and not fault["made_again"]:
             wrong.append(f"no {name} was killed that anybody had needed")
     return wrong
+
+
+def differences(there: work.Account, expected: work.Account) -> Iterator[tuple[str, Any, Any]]:
+    for what, value in expected.items():
+        if not isinstance(value, dict):
+            if there[what] != value:
+                yield what, there[what], value
+            continue
+        for key in sorted({*value, *there[what]}):
+            if there[what].get(key) != value.get(key):
+                yield f"{what}, {key}", there[what].get(key), value.get(key)
 
 
 async def prepare(found: databases.Databases) -> None:
@@ -132,14 +146,24 @@ async def look(url: str) -> work.Account:
 def compare(ways: list[str], count: int, batch: int, rounds: int, with_faults: bool) -> int:
     wrong = 0
     with databases.databases() as found, tempfile.TemporaryDirectory() as folder:
-        job = work.Job(Path(folder, "sales.csv"), count, batch, found.postgres, found.redis)
+        servers = (found.postgres, found.redis)
+        job = work.Job(Path(folder, "sales.csv"), count, batch, *servers)
         work.write_sales(job.path, count)
         expected = work.expected(job.path)
+        # Enough to have as many batches on their way.
+        tenth = work.Job(Path(folder, "tenth.csv"), max(count // 10, 20 * batch), batch, *servers)
+        work.write_sales(tenth.path, tenth.count)
         asyncio.run(prepare(found))
+        peaks: dict[str, int] = {}
+        for way in ways:
+            asyncio.run(empty_tables(job.postgres))
+            peaks[way] = run_there(way, tenth, False).get("memory_peak", 0)
         for number in range(rounds):
             for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
                 asyncio.run(empty_tables(job.postgres))
                 result = run_there(way, job, with_faults)
+                if "memory_peak" in result:
+                    result["memory_above_a_tenth"] = result["memory_peak"] - peaks[way]
                 result["accounted"] = asyncio.run(look(job.postgres))
                 result["problems"] = problems(result, expected, job, with_faults)
                 wrong += len(result["problems"])
