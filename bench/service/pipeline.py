@@ -150,19 +150,19 @@ def compare(ways: list[str], count: int, batch: int, rounds: int, with_faults: b
         job = work.Job(Path(folder, "sales.csv"), count, batch, *servers)
         work.write_sales(job.path, count)
         expected = work.expected(job.path)
-        # Enough to have as many batches on their way.
-        tenth = work.Job(Path(folder, "tenth.csv"), max(count // 10, 20 * batch), batch, *servers)
-        work.write_sales(tenth.path, tenth.count)
         asyncio.run(prepare(found))
         peaks: dict[str, int] = {}
-        for way in ways:
-            asyncio.run(empty_tables(job.postgres))
-            peaks[way] = run_there(way, tenth, False).get("memory_peak", 0)
+        if count // 10 >= 20 * batch:  # so that as many batches are on their way
+            tenth = work.Job(Path(folder, "tenth.csv"), count // 10, batch, *servers)
+            work.write_sales(tenth.path, tenth.count)
+            for way in ways:
+                asyncio.run(empty_tables(job.postgres))
+                peaks[way] = run_there(way, tenth, False).get("memory_peak", 0)
         for number in range(rounds):
             for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
                 asyncio.run(empty_tables(job.postgres))
                 result = run_there(way, job, with_faults)
-                if "memory_peak" in result:
+                if peaks.get(way):
                     result["memory_above_a_tenth"] = result["memory_peak"] - peaks[way]
                 result["accounted"] = asyncio.run(look(job.postgres))
                 result["problems"] = problems(result, expected, job, with_faults)
