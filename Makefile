@@ -5,7 +5,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SOURCES := pyproject.toml setup.py unsync/_core.pyx
 
 .PHONY: help demo test test-compiled test-pure test-upstream test-cython lint docs wheels
-.PHONY: cibuildwheel bench bench-micro bench-against bench-import bench-pipeline clean
+.PHONY: cibuildwheel bench bench-micro bench-against bench-import clean
 
 help:
 	@echo "make demo    set up and run the census of the standard library"
@@ -102,6 +102,7 @@ bench-import: $(VENV)/.unsync
 	$(BIN)/python bench/import_time.py
 
 # Files, Redis, processes and PostgreSQL, with something killed on the way: a line of JSON for a run.
+.PHONY: bench-pipeline
 bench-pipeline: $(VENV)/.unsync $(VENV)/.services $(VENV)/.bench
 	$(BIN)/python bench/service/pipeline.py --rounds 3
 
