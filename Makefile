@@ -101,6 +101,11 @@ bench-against: $(VENV)/.test $(VENV)/.bench
 bench-import: $(VENV)/.unsync
 	$(BIN)/python bench/import_time.py
 
+# Files, Redis, processes and PostgreSQL, with something killed on the way: a line of JSON for a run.
+.PHONY: bench-pipeline
+bench-pipeline: $(VENV)/.unsync $(VENV)/.services $(VENV)/.bench
+	$(BIN)/python bench/service/pipeline.py --rounds 3
+
 clean:
 	rm -rf .venv* build dist wheelhouse *.egg-info unsync/*.so unsync/*.pyd unsync/*.c
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks

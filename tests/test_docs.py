@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The marks of blocks that are not run as programs by themselves, but by a test of their own.
-HAS_ITS_TEST = ("# service.py\n", "# test_")
+HAS_ITS_TEST = ("# service.py\n", "# test_", "# bench/service/pipeline_unsync.py\n")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
