@@ -597,6 +597,29 @@ def test_a_consumer_that_is_cancelled_loses_no_value() -> None:
     assert asyncio.run(main()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_so_many_calls_wait_at_once(in_order: bool) -> None:
+    """Not half of them: `read_ahead` is how many requests to a service, say, are under way."""
+    gates: list[Unfuture[int]] = [Unfuture() for _ in range(20)]
+    read: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for x in range(20):
+            read.append(x)
+            yield x
+
+    @unsync
+    async def wait(x: int) -> int:
+        return await gates[x]
+
+    with unsync.map(wait, numbers(), in_order=in_order, read_ahead=8) as stream:
+        assert len(read) == 8
+        for x in range(4):
+            gates[x].set_result(x)
+            assert next(stream) == x
+            assert len(read) == 8 + x
+
+
 @pytest.mark.alone
 @pytest.mark.usefixtures("fresh")
 def test_several_consumers_share_the_values(

@@ -565,6 +565,9 @@ class _Outlet(_Channel[T]):
         self.read_ahead = read_ahead
         self.size = min(first, read_ahead)
         self.most = min(most, read_ahead)
+        # With so many on their way no more are made: several at a time cost less, but the workers
+        # must not run out of them, and what waits for something else must do so all at once.
+        self.enough = read_ahead // 2 if most > 1 else read_ahead - max(1, read_ahead // 8)
         self.pid = os.getpid()
         # What was launched and not taken, in order; and how many calls those are. These are guarded
         # by the lock.
@@ -586,7 +589,7 @@ class _Outlet(_Channel[T]):
     def feed(self) -> None:
         """Makes as many calls as there is room for, if there is not enough on its way."""
         with self.lock:
-            if self.feeding or self.source is None or 2 * self.ahead > self.read_ahead:
+            if self.feeding or self.source is None or self.ahead > self.enough:
                 return
             self.feeding = True
         try:
