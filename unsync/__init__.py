@@ -8,6 +8,9 @@ from unsync.unsync import Unfuture, unsync
 
 if TYPE_CHECKING:
     from unsync import _stats as _stats
+    from unsync import context_managers as context_managers
+    from unsync import fan_out as fan_out
+    from unsync import streams as streams
     from unsync.context_managers import AmbientContextManager
     from unsync.streams import Stream
 

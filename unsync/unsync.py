@@ -16,7 +16,6 @@ import threading
 import types
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable
-from importlib import import_module
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -37,7 +36,6 @@ from unsync.executors import Engine
 
 if TYPE_CHECKING:
     from unsync.context_managers import AmbientContextManager
-    from unsync.fan_out import Target
     from unsync.streams import Stream
 
 __all__ = ["AmbientContextManager", "Stream", "Unfuture", "unsync"]
@@ -45,11 +43,9 @@ __all__ = ["AmbientContextManager", "Stream", "Unfuture", "unsync"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Imported where they are used: many programs never need them, and together they take as long as
-# half of the rest. Annotations name what is in them by way of the package, which knows where it is.
-_LATER = ("unsync._stats", "unsync.context_managers", "unsync.fan_out", "unsync.streams")
-
-if not TYPE_CHECKING:  # which would take any name for one that is there
+# What many programs never need is not imported here: where it is used, the package is asked for it,
+# which imports it then.
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         if name not in ("AmbientContextManager", "Stream"):
@@ -191,17 +187,16 @@ def _shutdown(timeout: float | None) -> bool:
 
 
 def _stats() -> package._stats.Stats:
-    from unsync._stats import Stats, Work
-
+    work = package._stats.Work
     (*loop_sums, wakeups, saved), loops = _ambient.book.read()
     thread_sums, queues = executors.read_queues()
     processes, others = executors.read_others()
     queued, workers, idle, waiting = map(sum, zip((0,) * 4, *queues, strict=True))
-    return Stats(
-        coroutines=Work(*loop_sums),
-        threads=Work(*thread_sums),
-        processes=Work(*processes),
-        executors=Work(*others),
+    return package._stats.Stats(
+        coroutines=work(*loop_sums),
+        threads=work(*thread_sums),
+        processes=work(*processes),
+        executors=work(*others),
         loop_queue=sum(left for left, _ in loops),
         thread_queue=queued,
         workers=workers,
@@ -223,9 +218,9 @@ def _at_exit() -> None:
 
 def _import_before_fork() -> None:
     # Else another thread may be in the middle of it, and the module's lock held in the child for
-    # ever.
-    for name in _LATER:
-        import_module(name)
+    # ever. The package itself may be half imported.
+    for name in getattr(package, "_LATER", ()):
+        getattr(package, name)
 
 
 def _before_fork() -> None:
@@ -348,9 +343,7 @@ class _Settings(type):
             there is no iterable, or `chunksize` is no number.
         :raises ValueError: if `chunksize` is less than 1.
         """
-        from unsync.fan_out import make_calls
-
-        return make_calls(_target("calls", function), iterables, chunksize)
+        return package.fan_out.make_calls(_target("calls", function), iterables, chunksize)
 
     def map(
         cls,
@@ -379,10 +372,8 @@ class _Settings(type):
         """
         if read_ahead is not None:
             _check_read_ahead(read_ahead)
-        from unsync.fan_out import stream_calls
-
         target = _target("map", function)
-        return stream_calls(target, iterables, chunksize, in_order, read_ahead)
+        return package.fan_out.stream_calls(target, iterables, chunksize, in_order, read_ahead)
 
     def shutdown(cls, timeout: float | None = None) -> bool:
         """Ends everything that was started; the next call starts afresh.
@@ -461,9 +452,8 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         if _is_kind(inspect.isasyncgenfunction, function):
             if elsewhere:
                 raise _no_way("async generator function", function, elsewhere, "async generators")
-            from unsync.streams import READ_AHEAD, in_ambient_loop
-
-            route = Route(in_ambient_loop(read_ahead or READ_AHEAD))
+            streams = package.streams
+            route = Route(streams.in_ambient_loop(read_ahead or streams.READ_AHEAD))
         elif _is_generator_function(function):
             if cpu_bound or executors.is_process_pool(executor):
                 raise TypeError(
@@ -471,17 +461,14 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                     "generator cannot travel; make it a function that returns a list, or leave "
                     f"{elsewhere} away"
                 )
-            from unsync.streams import READ_AHEAD, in_threads
-
+            streams = package.streams
             threads = _threads.route if engine is None else _route_to(engine)
-            route = Route(in_threads(read_ahead or READ_AHEAD, threads))
+            route = Route(streams.in_threads(read_ahead or streams.READ_AHEAD, threads))
         elif _is_made_by_contextlib(_below_partials(function)):
             gives = "AmbientContextManager"
             if elsewhere:
                 raise _no_way("async context manager", function, elsewhere, "they")
-            from unsync.context_managers import start
-
-            route = Route(start)
+            route = Route(package.context_managers.start)
         else:
             gives = "Unfuture"
             if _is_coroutine_function(function):
@@ -560,10 +547,8 @@ _travel.reducers[_Marked] = _reduce_by_value
 _PLACEHOLDER = id(getattr(functools, "Placeholder", functools))
 
 
-def _target(what: str, function: Callable[..., Any]) -> Target:
+def _target(what: str, function: Callable[..., Any]) -> package.fan_out.Target:
     """What `unsync.calls` or `unsync.map` calls."""
-    from unsync.fan_out import Target
-
     below: Any = function
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -586,7 +571,7 @@ def _target(what: str, function: Callable[..., Any]) -> Target:
             f"{_name_of(below)} give {article} {below._gives}: call it yourself, once for each"
         )
     route = below._goes_to
-    return Target(
+    return package.fan_out.Target(
         function,
         below.__wrapped__,
         args,
