@@ -1,10 +1,18 @@
 """The bridge between threads and asyncio: mark any function, get one future for both worlds."""
 
+from typing import TYPE_CHECKING
+
 from unsync._backend import ACCELERATED
 from unsync._common import CancelledError, InvalidStateError
-from unsync.context_managers import AmbientContextManager
-from unsync.streams import Stream
 from unsync.unsync import Unfuture, unsync
+
+if TYPE_CHECKING:
+    from unsync import _stats as _stats
+    from unsync import context_managers as context_managers
+    from unsync import fan_out as fan_out
+    from unsync import streams as streams
+    from unsync.context_managers import AmbientContextManager
+    from unsync.streams import Stream
 
 __all__ = [
     "ACCELERATED",
@@ -20,11 +28,38 @@ __all__ = [
 
 __version__: str
 
+# What is imported when somebody asks for it, since many programs never do: the names, and in which
+# modules they are.
+_LATER = {
+    "AmbientContextManager": "context_managers",
+    "Stream": "streams",
+    "_stats": "_stats",
+    "context_managers": "context_managers",
+    "fan_out": "fan_out",
+    "streams": "streams",
+}
 
-def __getattr__(name: str) -> str:
-    if name == "__version__":
-        # Not at import: finding it takes longer than everything else.
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # which would take any name for one that is there
 
-        return version("unsync")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            # Not at import: finding it takes longer than everything else.
+            from importlib.metadata import version
+
+            return version("unsync")
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        found = import_module(f"unsync.{_LATER[name]}")
+        if name != _LATER[name]:
+            found = getattr(found, name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
+
+del TYPE_CHECKING  # no name of this package

@@ -10,7 +10,7 @@ from time import monotonic
 
 from unsync._backend import Mailbox, set_home
 from unsync._common import CANCELLED, DAEMONIC, logger, outcome_of_asyncio
-from unsync._stats import Book
+from unsync._counts import Book
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 

@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Generic, TypeVar, final
 
 from unsync._backend import Unfuture, in_home_thread, when_done
 
-__all__ = ["AmbientContextManager", "is_made_by_contextlib", "start"]
+__all__ = ["AmbientContextManager", "start"]
 
 T = TypeVar("T")
 
@@ -311,19 +311,6 @@ def _set(setter: Callable[[Any], None], value: object) -> bool:
 def _without_this_frame(failure: BaseException) -> BaseException:
     traceback = failure.__traceback__
     return failure.with_traceback(None if traceback is None else traceback.tb_next)
-
-
-@contextlib.asynccontextmanager
-async def _any() -> AsyncIterator[None]:
-    yield
-
-
-_code = _any.__code__
-
-
-def is_made_by_contextlib(function: Callable[..., Any]) -> bool:
-    """Whether `contextlib.asynccontextmanager` made it."""
-    return getattr(function, "__code__", None) is _code
 
 
 def start(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 from unsync import _common, _travel
 from unsync._backend import JobQueue, Unfuture
 from unsync._common import WorkCounts
-from unsync._stats import Book, Counter
+from unsync._counts import Book, Counter
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext

@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import functools
 import inspect
 import os
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from unsync import _common, _travel, context_managers, executors, fan_out, streams
+import unsync as package
+from unsync import _common, _travel, executors
 from unsync._ambient import Ambient, LoopFactory
 from unsync._backend import (
     BIND_CLASS,
@@ -30,15 +32,26 @@ from unsync._backend import (
     Unfuture,
     after_fork,
 )
-from unsync._stats import Stats, Work
-from unsync.context_managers import AmbientContextManager
 from unsync.executors import Engine
-from unsync.streams import Stream
+
+if TYPE_CHECKING:
+    from unsync.context_managers import AmbientContextManager
+    from unsync.streams import Stream
 
 __all__ = ["AmbientContextManager", "Stream", "Unfuture", "unsync"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# What many programs never need is not imported here: where it is used, the package is asked for it,
+# which imports it then.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in ("AmbientContextManager", "Stream"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(package, name)
+        return found
 
 
 class _Threads:
@@ -173,16 +186,17 @@ def _shutdown(timeout: float | None) -> bool:
         _ending.release()
 
 
-def _stats() -> Stats:
+def _stats() -> package._stats.Stats:
+    work = package._stats.Work
     (*loop_sums, wakeups, saved), loops = _ambient.book.read()
     thread_sums, queues = executors.read_queues()
     processes, others = executors.read_others()
     queued, workers, idle, waiting = map(sum, zip((0,) * 4, *queues, strict=True))
-    return Stats(
-        coroutines=Work(*loop_sums),
-        threads=Work(*thread_sums),
-        processes=Work(*processes),
-        executors=Work(*others),
+    return package._stats.Stats(
+        coroutines=work(*loop_sums),
+        threads=work(*thread_sums),
+        processes=work(*processes),
+        executors=work(*others),
         loop_queue=sum(left for left, _ in loops),
         thread_queue=queued,
         workers=workers,
@@ -200,6 +214,13 @@ def _at_exit() -> None:
     executors.stop_threads(executors.EXIT_SECONDS)
     _processes.pool.stop(executors.EXIT_SECONDS)
     _ambient.stop(executors.EXIT_SECONDS)
+
+
+def _import_before_fork() -> None:
+    # Else another thread may be in the middle of it, and the module's lock held in the child for
+    # ever. The package itself may be half imported.
+    for name in getattr(package, "_LATER", ()):
+        getattr(package, name)
 
 
 def _before_fork() -> None:
@@ -236,6 +257,7 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=_after_fork_in_parent,
         after_in_child=_after_fork,
     )
+    os.register_at_fork(before=_import_before_fork)  # the last one is called first
 
 
 class _Settings(type):
@@ -298,7 +320,7 @@ class _Settings(type):
     def process_executor(cls, executor: Engine | None) -> None:
         _processes.executor = executor
 
-    def stats(cls) -> Stats:
+    def stats(cls) -> package._stats.Stats:
         """What was done and what is pending: counts that only grow, and depths of queues.
 
         They are always kept; asking for them takes some microseconds, and any thread may.
@@ -321,7 +343,7 @@ class _Settings(type):
             there is no iterable, or `chunksize` is no number.
         :raises ValueError: if `chunksize` is less than 1.
         """
-        return fan_out.make_calls(_target("calls", function), iterables, chunksize)
+        return package.fan_out.make_calls(_target("calls", function), iterables, chunksize)
 
     def map(
         cls,
@@ -330,7 +352,7 @@ class _Settings(type):
         chunksize: int | None = None,
         in_order: bool = True,
         read_ahead: int | None = None,
-    ) -> Stream[Any]:
+    ) -> package.Stream[Any]:
         """The results of such calls as a `Stream`, made as they are wanted.
 
         The first calls are made at once, the others when a consumer comes for a value; it then
@@ -351,7 +373,7 @@ class _Settings(type):
         if read_ahead is not None:
             _check_read_ahead(read_ahead)
         target = _target("map", function)
-        return fan_out.stream_calls(target, iterables, chunksize, in_order, read_ahead)
+        return package.fan_out.stream_calls(target, iterables, chunksize, in_order, read_ahead)
 
     def shutdown(cls, timeout: float | None = None) -> bool:
         """Ends everything that was started; the next call starts afresh.
@@ -430,6 +452,7 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         if _is_kind(inspect.isasyncgenfunction, function):
             if elsewhere:
                 raise _no_way("async generator function", function, elsewhere, "async generators")
+            streams = package.streams
             route = Route(streams.in_ambient_loop(read_ahead or streams.READ_AHEAD))
         elif _is_generator_function(function):
             if cpu_bound or executors.is_process_pool(executor):
@@ -438,13 +461,14 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                     "generator cannot travel; make it a function that returns a list, or leave "
                     f"{elsewhere} away"
                 )
+            streams = package.streams
             threads = _threads.route if engine is None else _route_to(engine)
             route = Route(streams.in_threads(read_ahead or streams.READ_AHEAD, threads))
-        elif context_managers.is_made_by_contextlib(_below_partials(function)):
+        elif _is_made_by_contextlib(_below_partials(function)):
             gives = "AmbientContextManager"
             if elsewhere:
                 raise _no_way("async context manager", function, elsewhere, "they")
-            route = Route(context_managers.start)
+            route = Route(package.context_managers.start)
         else:
             gives = "Unfuture"
             if _is_coroutine_function(function):
@@ -523,7 +547,7 @@ _travel.reducers[_Marked] = _reduce_by_value
 _PLACEHOLDER = id(getattr(functools, "Placeholder", functools))
 
 
-def _target(what: str, function: Callable[..., Any]) -> fan_out.Target:
+def _target(what: str, function: Callable[..., Any]) -> package.fan_out.Target:
     """What `unsync.calls` or `unsync.map` calls."""
     below: Any = function
     args: tuple[Any, ...] = ()
@@ -547,7 +571,7 @@ def _target(what: str, function: Callable[..., Any]) -> fan_out.Target:
             f"{_name_of(below)} give {article} {below._gives}: call it yourself, once for each"
         )
     route = below._goes_to
-    return fan_out.Target(
+    return package.fan_out.Target(
         function,
         below.__wrapped__,
         args,
@@ -618,6 +642,19 @@ def _is_generator_function(function: Callable[..., Any]) -> bool:
     # One below `types.coroutine` makes coroutines.
     code = getattr(_below_partials(function), "__code__", None)
     return code is None or not code.co_flags & inspect.CO_ITERABLE_COROUTINE
+
+
+@contextlib.asynccontextmanager
+async def _any() -> AsyncIterator[None]:
+    yield
+
+
+_code_of_contextlib = _any.__code__
+
+
+def _is_made_by_contextlib(function: Callable[..., Any]) -> bool:
+    """Whether `contextlib.asynccontextmanager` made it."""
+    return getattr(function, "__code__", None) is _code_of_contextlib
 
 
 def _is_coroutine_function(function: Callable[..., Any]) -> bool:
