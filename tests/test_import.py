@@ -35,10 +35,11 @@ LATER = {"unsync._stats", "unsync.context_managers", "unsync.fan_out", "unsync.s
 
 # What unsync needs of the standard library, beyond its two parents. `ThreadExecutor` is a
 # `ThreadPoolExecutor`, whose module, with `queue`, has to be loaded early: it registers what it
-# does at exit, and once the exit has begun it cannot. `__future__` comes with lazy annotations.
+# does at exit, and once the exit has begun it cannot. `typing` comes with asyncio before 3.14,
+# `__future__` with lazy annotations.
 BASIS = """
     import sys
-    import __future__, asyncio, concurrent.futures, concurrent.futures.thread
+    import __future__, asyncio, concurrent.futures, concurrent.futures.thread, typing
     before = set(sys.modules)
 """
 
