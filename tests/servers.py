@@ -1,9 +1,10 @@
-"""Servers in processes of their own, and clients that ask them: what the tests of services share."""
+"""What tests of services share: servers in processes of their own, and clients that ask them."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -12,8 +13,10 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from conftest import PATIENCE, wait_until
@@ -184,3 +187,52 @@ class Load:
         except (OSError, http.client.HTTPException) as error:
             return f"{number}: {error!r}"
         return None if self._is_right(number, answer) else f"{number}: {answer}"
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256  # with five, clients that come at once try again after a second
+
+
+class Prices:
+    """The other service: the price of an item is ten times its number.
+
+    It can be made to wait, except for item 0, which health checks ask for.
+    """
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.asked: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def price(self, number: int) -> int:
+        if number != 0:
+            with self._lock:
+                self.asked[number] += 1
+            assert self.open.wait(PATIENCE)
+        return 10 * number
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[str]:
+        prices = self
+
+        class Price(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = json.dumps(prices.price(int(self.path[1:]))).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        with _Server(("127.0.0.1", 0), Price) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{server.server_port}"
+            finally:
+                self.open.set()
+                server.shutdown()
+                thread.join(PATIENCE)

@@ -6,17 +6,15 @@ import contextlib
 import json
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import databases
 import pytest
 from conftest import PATIENCE, wait_until
-from servers import Answer, Load, Server, accepts, ask, listening, served
+from servers import Answer, Load, Prices, Server, accepts, ask, listening, served
 
 reason = databases.missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -44,25 +42,8 @@ def items(found: databases.Databases) -> Iterator[Any]:
 
 @pytest.fixture
 def prices() -> Iterator[str]:
-    """The other service: the price of an item is ten times its number."""
-
-    class Price(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.dumps(10 * int(self.path[1:])).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Price) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join(PATIENCE)
+    with Prices().served() as url:
+        yield url
 
 
 @pytest.fixture
@@ -157,66 +138,70 @@ def end_in_flight(
     return answers
 
 
-@pytest.mark.parametrize("kind", ["flask", "django", "django-asgi"])
-def test_a_service_answers_from_three_servers(start: Start, kind: str) -> None:
-    with start(kind) as server:
-        with ThreadPoolExecutor(8) as clients:
-            answers = list(clients.map(lambda n: ask(f"{server.url}/items/{n % 10}"), range(100)))
-        visits: dict[int, list[int]] = {}
-        for n, (status, text) in enumerate(answers):
-            answer = json.loads(text)
-            visits.setdefault(n % 10, []).append(answer.pop("visits"))
-            expected = {"id": n % 10, "name": f"item {n % 10}", "price": n % 10 * 10}
-            assert (status, answer) == (200, expected)
-        assert all(sorted(of_one) == [*range(1, 11)] for of_one in visits.values())
-        status, text = ask(f"{server.url}/items/100")
-        assert (status, json.loads(text)) == (404, {"error": "there is no item 100"})
-        assert ask(f"{server.url}/health")[0] == 200
-        found = counts(server.url)
-        assert found["unsync_coroutines_started_total"] >= 1  # it has connected
-        assert found["unsync_coroutines_failed_total"] == 0
-        assert found["unsync_coroutines_pending"] == 0
+def check_items(url: str) -> None:
+    """An item is what PostgreSQL, Redis and the service with the prices say together."""
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda n: ask(f"{url}/items/{n % 10}"), range(100)))
+    visits: dict[int, list[int]] = {}
+    for n, (status, text) in enumerate(answers):
+        answer = json.loads(text)
+        visits.setdefault(n % 10, []).append(answer.pop("visits"))
+        expected = {"id": n % 10, "name": f"item {n % 10}", "price": n % 10 * 10}
+        assert (status, answer) == (200, expected)
+    assert all(sorted(of_one) == [*range(1, 11)] for of_one in visits.values())
+    status, text = ask(f"{url}/items/100")
+    assert (status, json.loads(text)) == (404, {"error": "there is no item 100"})
+    assert ask(f"{url}/health")[0] == 200
 
 
-@pytest.mark.parametrize("kind", ["django", "django-asgi"])
-def test_an_async_view_of_django_writes_to_the_database(
-    start: Start, items: Any, kind: str
-) -> None:
-    with start(kind) as server:
-        with ThreadPoolExecutor(8) as clients:
-            written = list(
-                clients.map(
-                    lambda n: ask(f"{server.url}/items/{n}/name", f"new {n}".encode()), range(100)
-                )
-            )
-        assert written == [(204, "")] * 100
-        names = items.execute("SELECT name FROM items ORDER BY id").fetchall()
-        assert names == [(f"new {n}",) for n in range(100)]
-        status, text = ask(f"{server.url}/items/100/name", b"new 100")
-        assert (status, json.loads(text)) == (404, {"error": "there is no item 100"})
-        found = counts(server.url)
-        assert found["unsync_threads_started_total"] >= 1
-        assert found["unsync_threads_failed_total"] == 0
+def test_flask_answers_from_three_servers(flask_service: Server) -> None:
+    check_items(flask_service.url)
 
 
-@pytest.mark.parametrize("kind", ["flask", "django"])
-def test_gunicorn_loses_nothing_that_is_in_flight_on_sigterm(
-    start: Start, items: Any, tmp_path: Path, kind: str
+def test_flask_counts_what_it_did(flask_service: Server) -> None:
+    found = counts(flask_service.url)
+    assert found["unsync_coroutines_started_total"] >= 1  # it has connected
+    assert found["unsync_coroutines_failed_total"] == 0
+    assert found["unsync_coroutines_pending"] == 0
+
+
+def test_flask_loses_nothing_that_is_in_flight_on_sigterm(
+    flask_service: Server, items: Any, tmp_path: Path
 ) -> None:
     # Its workers go on listening while they end, though nobody accepts: its log says when.
     log = tmp_path / "log"
-    with start(kind) as server:
-        answers = end_in_flight(
-            server,
-            items,
-            lambda: "Handling signal: term" in log.read_text(),
-            lambda n: ask(f"{server.url}/items/{n}"),
-        )
+    answers = end_in_flight(
+        flask_service,
+        items,
+        lambda: "Handling signal: term" in log.read_text(),
+        lambda n: ask(f"{flask_service.url}/items/{n}"),
+    )
     assert "ERROR" not in log.read_text()
     assert [status for status, _ in answers] == [200] * IN_FLIGHT
     assert [json.loads(text)["name"] for _, text in answers] == [
         f"item {n}" for n in range(IN_FLIGHT)
     ]
+
+
+@pytest.mark.parametrize("kind", ["django", "django-asgi"])
+def test_django_answers_from_three_servers_and_writes(start: Start, items: Any, kind: str) -> None:
+    with start(kind) as server:
+        url = server.url
+        check_items(url)
+        with ThreadPoolExecutor(8) as clients:
+            asked = [clients.submit(rename, url, n) for n in range(100)]
+            assert [answer.result(PATIENCE) for answer in asked] == [(204, "")] * 100
+        names = items.execute("SELECT name FROM items ORDER BY id").fetchall()
+        assert names == [(f"new {n}",) for n in range(100)]
+        status, text = rename(url, 100)
+        assert (status, json.loads(text)) == (404, {"error": "there is no item 100"})
+        found = counts(url)
+        assert found["unsync_threads_started_total"] >= 1  # by one of the workers of gunicorn
+        assert found["unsync_threads_failed_total"] == found["unsync_coroutines_failed_total"] == 0
+
+
+def rename(url: str, number: int) -> Answer:
+    return ask(f"{url}/items/{number}/name", f"new {number}".encode())
 
 
 def test_fastapi_answers_from_the_database_and_writes_files(
@@ -258,7 +243,7 @@ def test_django_under_uvicorn_loses_nothing_that_is_in_flight_on_sigterm(
             server,
             items,
             lambda: not accepts(server.url),
-            lambda n: ask(f"{server.url}/items/{n}/name", f"new {n}".encode()),
+            lambda n: rename(server.url, n),
         )
     assert answers == [(204, "")] * IN_FLIGHT
     names = items.execute("SELECT name FROM items ORDER BY id LIMIT %s", [IN_FLIGHT]).fetchall()

@@ -5,9 +5,9 @@
     gunicorn --config gunicorn.conf.py service:application
     uvicorn service:asgi
 
-A regular view runs in a thread of its own, and asks two servers at once through their async clients,
-which live in the ambient loop. An async view runs in the server's loop, and awaits what blocks: a
-query through Django's ORM, in one of unsync's threads.
+A regular view runs in a thread of its own, and asks two servers at once through their async
+clients, which live in the ambient loop. An async view runs in the server's loop, and awaits what
+blocks: a query through Django's ORM, in one of unsync's threads.
 """
 
 import asyncio
