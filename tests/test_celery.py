@@ -102,7 +102,7 @@ def worker(env: dict[str, str], tasks: Any, tmp_path: Path) -> Worker:
     def run(pool: str) -> Iterator[subprocess.Popen[str]]:
         command = [sys.executable, "-m", "celery", "--app", "tasks", "worker"]
         command += ["--pool", pool, "--concurrency", str(CONCURRENCY)]
-        command += ["--loglevel", "INFO", "--include", "more_tasks"]
+        command += ["--loglevel", "INFO", "--without-mingle", "--include", "more_tasks"]
         log = tmp_path / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
