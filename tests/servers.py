@@ -75,9 +75,10 @@ def served(
     )
     try:
         wait_until(lambda: process.poll() is not None or _answers(url + path), "the server's start")
+        assert process.poll() is None, "the server ended at once"
         yield Server(process, url)
     finally:
-        if process.returncode is None:
+        if process.stderr is not None and not process.stderr.closed:
             process.terminate()
             try:
                 _, errors = process.communicate(timeout=PATIENCE)

@@ -455,6 +455,7 @@ def test_asgiref_runs_an_inner_coroutine_in_the_outer_loop_and_we_in_the_ambient
     asyncio.run(main())
 
 
+@pytest.mark.alone
 def test_asgiref_runs_sensitive_functions_in_one_thread_and_we_in_many() -> None:
     sync = pytest.importorskip("asgiref.sync")
     together = threading.Barrier(THREADS)

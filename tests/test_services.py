@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import signal
 import socket
@@ -273,6 +274,22 @@ def test_a_restart_under_load_loses_no_request(start: Start, tmp_path: Path, kin
     assert load.answered >= 400
 
 
+def test_who_has_connected_when_uvicorn_begins_to_end_is_answered(start: Start) -> None:
+    with listening() as listener, start("fastapi", listener) as server:
+        listener.close()
+        host, port = server.url.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
+        connection.connect()
+        assert ask(f"{server.url}/health")[0] == 200  # it connected later: both are accepted
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not accepts(server.url), "the server's beginning to end")
+        connection.request("GET", "/items/7")
+        response = connection.getresponse()
+        assert is_item(7, (response.status, response.read().decode()))
+        connection.close()
+        assert server.end() == ""
+
+
 @pytest.mark.parametrize("kind", ["flask", "django-asgi"])
 def test_what_a_service_has_begun_under_load_it_answers(
     start: Start, urls: dict[str, str], kind: str
@@ -333,4 +350,7 @@ def test_without_its_database_a_service_is_not_healthy(start: Start, items: Any,
             status, text = ask(f"{server.url}/health")
             assert status == 503
             assert json.loads(text)["error"]
-        wait_until(lambda: ask(f"{server.url}/health")[0] == 200, "its health")
+        # Both workers, and whatever thread they use.
+        wait_until(
+            lambda: all(ask(f"{server.url}/health")[0] == 200 for _ in range(20)), "its health"
+        )

@@ -28,4 +28,5 @@ class Server(uvicorn.Server):
 
 
 if __name__ == "__main__":
-    Server(uvicorn.Config("service:app", fd=int(sys.argv[1]), log_level="warning")).run()
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    Server(uvicorn.Config("service:app", log_level="warning")).run([listener])
