@@ -197,12 +197,13 @@ class _Server(ThreadingHTTPServer):
 class Prices:
     """The other service: the price of an item is ten times its number.
 
-    It can be made to wait, except for item 0, which health checks ask for.
+    It can be made to wait, except for item 0, which health checks ask for; and to be not well.
     """
 
     def __init__(self) -> None:
         self.open = threading.Event()
         self.open.set()
+        self.is_well = True
         self.asked: Counter[int] = Counter()
         self._lock = threading.Lock()
 
@@ -220,7 +221,7 @@ class Prices:
         class Price(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 body = json.dumps(prices.price(int(self.path[1:]))).encode()
-                self.send_response(200)
+                self.send_response(200 if prices.is_well else 500)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

@@ -142,7 +142,12 @@ def total(tasks: Any, count: str) -> int:
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_tasks_use_the_loop_and_the_threads_of_their_process(
-    worker: Worker, tasks: Any, env: dict[str, str], tmp_path: Path, pool: str
+    worker: Worker,
+    tasks: Any,
+    prices: Prices,
+    env: dict[str, str],
+    tmp_path: Path,
+    pool: str,
 ) -> None:
     paths = [tmp_path / f"{n}.txt" for n in range(10)]
     for n, path in enumerate(paths):
@@ -155,6 +160,10 @@ def test_tasks_use_the_loop_and_the_threads_of_their_process(
             hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
         ]
         tasks.health.apply_async(expires=PATIENCE).get(PATIENCE)
+        prices.is_well = False
+        health = tasks.health.apply_async(expires=PATIENCE)
+        problem = health.get(PATIENCE, propagate=False)
+        assert (health.state, "500" in repr(problem)) == ("FAILURE", True)
         computed = tasks.app.send_task("more_tasks.compute", [3])
         if pool == "threads":
             assert computed.get(PATIENCE) == 9
@@ -168,7 +177,8 @@ def test_tasks_use_the_loop_and_the_threads_of_their_process(
         wait_until(
             lambda: total(tasks, "coroutines_started") >= sum(range(20)), "the loops' counts"
         )
-        assert total(tasks, "coroutines_failed") == total(tasks, "threads_failed") == 0
+        assert total(tasks, "threads_failed") == 0
+        wait_until(lambda: total(tasks, "coroutines_failed") == 1, "the failed check's count")
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
     assert tasks.metrics() == ""  # each process has said goodbye

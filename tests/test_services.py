@@ -70,10 +70,14 @@ Start = Callable[..., contextlib.AbstractContextManager[Server]]
 
 @pytest.fixture
 def start(urls: dict[str, str], tmp_path: Path) -> Start:
-    """Starts a service by its name, on a port of its own or on a socket that stays open."""
+    """Starts a service by its name, on a port of its own or on a socket that stays open.
+
+    With one worker of gunicorn there is none that still connects to the database when the first
+    one answers.
+    """
 
     def start(
-        kind: str, listener: socket.socket | None = None
+        kind: str, listener: socket.socket | None = None, workers: int = 2
     ) -> contextlib.AbstractContextManager[Server]:
         for name in NEEDS[kind]:
             pytest.importorskip(name, reason=f"{name} is not installed")
@@ -81,7 +85,7 @@ def start(urls: dict[str, str], tmp_path: Path) -> Start:
         if kind in WITH_GUNICORN:
             bind = f"127.0.0.1:{port}" if listener is None else f"fd://{listener.fileno()}"
             command = ["-m", "gunicorn", "--config", "gunicorn.conf.py", "--bind", bind]
-            command += ["--error-logfile", str(tmp_path / "log"), "--workers", "2"]
+            command += ["--error-logfile", str(tmp_path / "log"), "--workers", str(workers)]
             command += [WITH_GUNICORN[kind]]
         elif listener is None:
             command = ["-m", "uvicorn", "--port", str(port), "--log-level", "warning"]
@@ -97,7 +101,7 @@ def start(urls: dict[str, str], tmp_path: Path) -> Start:
 
 @pytest.fixture
 def flask_service(start: Start) -> Iterator[Server]:
-    with start("flask") as started:
+    with start("flask", workers=1) as started:
         yield started
 
 
@@ -344,13 +348,13 @@ def postgres_unreachable(items: Any) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["flask", "django"])
 def test_without_its_database_a_service_is_not_healthy(start: Start, items: Any, kind: str) -> None:
-    with start(kind) as server:
+    with start(kind, workers=1) as server:
         assert ask(f"{server.url}/health")[0] == 200
         with postgres_unreachable(items):
             status, text = ask(f"{server.url}/health")
             assert status == 503
             assert json.loads(text)["error"]
-        # Both workers, and whatever thread they use.
+        # In whatever thread.
         wait_until(
             lambda: all(ask(f"{server.url}/health")[0] == 200 for _ in range(20)), "its health"
         )

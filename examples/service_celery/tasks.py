@@ -59,7 +59,8 @@ def _connected() -> Clients:
 async def check() -> None:
     """Raises if a server does not answer."""
     clients = _connected()
-    await asyncio.gather(clients.redis.ping(), clients.prices.get("/0"))
+    _, answer = await asyncio.gather(clients.redis.ping(), clients.prices.get("/0"))
+    answer.raise_for_status()
 
 
 @unsync
