@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import subprocess
 import sys
@@ -432,3 +433,104 @@ def test_opentelemetrys_context_survives_each_hop() -> None:
     assert set(seen.values()) == {"42"}
     assert len(seen) == 11
     assert api.get_value("request") is None
+
+
+# asgiref: what docs/how-to/moving-from-asgiref.md says is not alike. The outer function is called
+# by `asgiref.sync.sync_to_async` or by us, and calls an inner one in its turn.
+
+
+def test_asgiref_runs_an_inner_coroutine_in_the_outer_loop_and_we_in_the_ambient_one() -> None:
+    sync = pytest.importorskip("asgiref.sync")
+
+    async def where() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def main() -> None:
+        outer = asyncio.get_running_loop()
+        for sensitive in (True, False):
+            inner = sync.sync_to_async(sync.async_to_sync(where), thread_sensitive=sensitive)
+            assert await inner() is outer
+        assert await unsync(lambda: unsync(where)().result(PATIENCE))() is unsync.loop is not outer
+
+    asyncio.run(main())
+
+
+@pytest.mark.alone
+def test_asgiref_runs_sensitive_functions_in_one_thread_and_we_in_many() -> None:
+    sync = pytest.importorskip("asgiref.sync")
+    together = threading.Barrier(THREADS)
+
+    def where() -> int:
+        return threading.get_ident()
+
+    def where_with_others() -> int:
+        together.wait(PATIENCE)
+        return threading.get_ident()
+
+    async def with_asgiref() -> set[int]:
+        return set(await asyncio.gather(*(sync.sync_to_async(where)() for _ in range(THREADS))))
+
+    async def with_us() -> set[int]:
+        return set(await asyncio.gather(*(unsync(where_with_others)() for _ in range(THREADS))))
+
+    # Below an outer async_to_sync it is that one's thread: the main one, if that is where it is.
+    assert sync.async_to_sync(with_asgiref)() == {threading.get_ident()}
+    (one,) = asyncio.run(with_asgiref())
+    assert one != threading.get_ident()
+    several = asyncio.run(with_us())
+    assert len(several) == THREADS
+    assert threading.get_ident() not in several
+
+
+def test_an_executor_with_one_thread_keeps_functions_together_one_after_the_other() -> None:
+    with ThreadPoolExecutor(1) as one_thread:
+        in_it = unsync(executor=one_thread)
+        begun, may_end = threading.Event(), threading.Event()
+
+        def where() -> threading.Thread:
+            return threading.current_thread()
+
+        def outer() -> tuple[threading.Thread, Unfuture[threading.Thread]]:
+            inner = in_it(where)()
+            begun.set()
+            assert may_end.wait(PATIENCE)
+            return threading.current_thread(), inner
+
+        waiting = in_it(outer)()
+        assert begun.wait(PATIENCE)
+        after = in_it(where)()
+        # What the outer one would wait for has no thread, as long as it waits.
+        assert not after.running()
+        may_end.set()
+        thread, inner = waiting.result(PATIENCE)
+        assert thread is inner.result(PATIENCE) is after.result(PATIENCE)
+        assert thread is not threading.main_thread()
+
+
+def test_asgirefs_callers_see_the_context_variables_that_are_set_and_ours_do_not() -> None:
+    sync = pytest.importorskip("asgiref.sync")
+    language: contextvars.ContextVar[str] = contextvars.ContextVar("language")
+
+    def translate(into: str) -> str:
+        before = language.get()
+        language.set(into)
+        return before
+
+    async def translate_async(into: str) -> str:
+        return translate(into)
+
+    async def main() -> None:
+        language.set("la")
+        assert await unsync(translate)("el") == "la"
+        assert await unsync(translate_async)("el") == "la"
+        assert language.get() == "la"
+        assert await sync.sync_to_async(translate)("en") == "la"
+        assert language.get() == "en"
+
+    asyncio.run(main())
+    language.set("la")
+    assert unsync(translate)("el").result(PATIENCE) == "la"
+    assert unsync(translate_async)("el").result(PATIENCE) == "la"
+    assert language.get() == "la"
+    assert sync.async_to_sync(translate_async)("en") == "la"
+    assert language.get() == "en"

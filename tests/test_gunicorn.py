@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, wait_until
+import servers
 from databases import free_port
 
 pytest.importorskip("gunicorn", reason="gunicorn is not installed")
@@ -64,67 +60,36 @@ WORKERS = 3
 REQUESTS = 120
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
-    servers: list[subprocess.Popen[str]] = []
-
-    def start(*flags: str) -> tuple[subprocess.Popen[str], str]:
-        (tmp_path / "application.py").write_text(APPLICATION)
-        address = f"127.0.0.1:{free_port()}"
-        server = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "gunicorn", "application:app", "--bind", address),
-                *("--workers", str(WORKERS), "--worker-class", "gthread", "--threads", "4"),
-                *("--log-level", "warning", "--worker-tmp-dir", str(tmp_path)),
-                *flags,
-            ],
-            cwd=tmp_path,
-            env=os.environ | {"HOME": str(tmp_path)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        servers.append(server)
-        wait_until(lambda: server.poll() is not None or _answers(address), "the server's start")
-        return server, address
-
-    yield start
-    for server in servers:
-        if server.poll() is None:
-            server.kill()
-        server.communicate()
-
-
-def ask(address: str, number: int) -> dict[str, Any]:
-    with urllib.request.urlopen(f"http://{address}/?{number}", timeout=PATIENCE) as response:
-        found: dict[str, Any] = json.load(response)
+def ask(url: str, number: int) -> dict[str, Any]:
+    status, text = servers.ask(f"{url}/?{number}")
+    assert status == 200
+    found: dict[str, Any] = json.loads(text)
     return found
-
-
-def _answers(address: str) -> bool:
-    try:
-        ask(address, 0)
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("flags", [["--preload"], []], ids=["preload", "no preload"])
-def test_every_request_is_answered_by_its_own_worker(
-    serve: Callable[..., tuple[subprocess.Popen[str], str]], flags: list[str]
-) -> None:
-    server, address = serve(*flags)
-    with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda number: ask(address, number), range(REQUESTS)))
-    pids: Counter[int] = Counter()
-    for number, answer in enumerate(answers):
-        pids[answer["pid"]] += 1
-        expected = [[number + i, answer["pid"]] for i in range(5)] * 2
-        assert answer["answers"] == expected
-        # What the master left pending will never be done in a worker, and says so.
-        assert ("belongs to the process that forked" in answer["pending"]) is bool(flags)
-    assert server.pid not in pids
-    assert len(pids) > 1
-    server.send_signal(signal.SIGTERM)
-    _, errors = server.communicate(timeout=PATIENCE)
-    assert (server.returncode, errors) == (0, "")
+def test_every_request_is_answered_by_its_own_worker(tmp_path: Path, flags: list[str]) -> None:
+    (tmp_path / "application.py").write_text(APPLICATION)
+    port = free_port()
+    command = [
+        *("-m", "gunicorn", "application:app", "--bind", f"127.0.0.1:{port}"),
+        *("--workers", str(WORKERS), "--worker-class", "gthread", "--threads", "4"),
+        *("--log-level", "warning", "--worker-tmp-dir", str(tmp_path)),
+        *flags,
+    ]
+    with servers.served(tmp_path, command, port, path="/?0", HOME=str(tmp_path)) as server:
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda number: ask(server.url, number), range(REQUESTS)))
+        pids: Counter[int] = Counter()
+        for number, answer in enumerate(answers):
+            pids[answer["pid"]] += 1
+            expected = [[number + i, answer["pid"]] for i in range(5)] * 2
+            assert answer["answers"] == expected
+            # What the master left pending will never be done in a worker, and says so.
+            assert ("belongs to the process that forked" in answer["pending"]) is bool(flags)
+        assert server.process.pid not in pids
+        assert len(pids) > 1
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == ""
+        assert server.process.returncode == 0

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import databases
 import pytest
 from conftest import PATIENCE, wait_until
-
-import unsync
+from servers import Answer, Load, Prices, Server, accepts, ask, listening, served
 
 reason = databases.missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -50,94 +43,72 @@ def items(found: databases.Databases) -> Iterator[Any]:
 
 @pytest.fixture
 def prices() -> Iterator[str]:
-    """The other service: the price of an item is ten times its number."""
-
-    class Price(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.dumps(10 * int(self.path[1:])).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Price) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join(PATIENCE)
-
-
-@contextlib.contextmanager
-def served(
-    folder: Path, command: list[str], port: int, **env: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A service in a process of its own, from its first answer on."""
-    url = f"http://127.0.0.1:{port}"
-    here = str(Path(unsync.__file__).parent.parent)
-    server = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=os.environ | env | {"PYTHONPATH": os.pathsep.join([here, str(folder)])},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_until(lambda: server.poll() is not None or _listens(url), "the server's start")
-        yield server, url
-    finally:
-        server.kill()
-        _, errors = server.communicate()
-        print(errors)
+    with Prices().served() as url:
+        yield url
 
 
 @pytest.fixture
-def flask_service(
-    found: databases.Databases, items: Any, prices: str, tmp_path: Path
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    for name in ("asyncpg", "flask", "gunicorn", "httpx", "redis"):
-        pytest.importorskip(name, reason=f"{name} is not installed")
-    port = databases.free_port()
-    command = ["gunicorn", "--config", "gunicorn.conf.py", "--bind", f"127.0.0.1:{port}"]
-    command += ["--workers", "2", "--error-logfile", str(tmp_path / "log"), "service:app"]
-    urls = {"POSTGRES_URL": found.postgres, "REDIS_URL": found.redis, "PRICES_URL": prices}
-    with served(EXAMPLES / "service_flask", command, port, **urls, HOME=str(tmp_path)) as started:
+def urls(found: databases.Databases, items: Any, prices: str) -> dict[str, str]:
+    """Where a service finds the three servers; Redis is empty."""
+    client = pytest.importorskip("redis", reason="redis is not installed")
+    with client.Redis.from_url(found.redis) as connection:
+        connection.flushall()
+    return {"POSTGRES_URL": found.postgres, "REDIS_URL": found.redis, "PRICES_URL": prices}
+
+
+NEEDS = {
+    "flask": ("asyncpg", "flask", "gunicorn", "httpx"),
+    "django": ("django", "gunicorn", "httpx", "psycopg_pool"),
+    "django-asgi": ("django", "httpx", "psycopg_pool", "uvicorn"),
+    "fastapi": ("fastapi", "psycopg_pool", "uvicorn"),
+}
+WITH_GUNICORN = {"flask": "service:app", "django": "service:application"}
+WITH_UVICORN = {"fastapi": "service:app", "django-asgi": "service:asgi"}
+
+Start = Callable[..., contextlib.AbstractContextManager[Server]]
+
+
+@pytest.fixture
+def start(urls: dict[str, str], tmp_path: Path) -> Start:
+    """Starts a service by its name, on a port of its own or on a socket that stays open.
+
+    With one worker of gunicorn there is none that still connects to the database when the first
+    one answers.
+    """
+
+    def start(
+        kind: str, listener: socket.socket | None = None, workers: int = 2
+    ) -> contextlib.AbstractContextManager[Server]:
+        for name in NEEDS[kind]:
+            pytest.importorskip(name, reason=f"{name} is not installed")
+        port = databases.free_port() if listener is None else listener.getsockname()[1]
+        if kind in WITH_GUNICORN:
+            bind = f"127.0.0.1:{port}" if listener is None else f"fd://{listener.fileno()}"
+            command = ["-m", "gunicorn", "--config", "gunicorn.conf.py", "--bind", bind]
+            command += ["--error-logfile", str(tmp_path / "log"), "--workers", str(workers)]
+            command += [WITH_GUNICORN[kind]]
+        elif listener is None:
+            command = ["-m", "uvicorn", "--port", str(port), "--log-level", "warning"]
+            command += [WITH_UVICORN[kind]]
+        else:
+            command = ["serve.py", str(listener.fileno())]
+        folder = EXAMPLES / f"service_{kind.removesuffix('-asgi')}"
+        env = urls | {"NOTES_FOLDER": str(tmp_path), "HOME": str(tmp_path)}
+        return served(folder, command, port, listener, **env)
+
+    return start
+
+
+@pytest.fixture
+def flask_service(start: Start) -> Iterator[Server]:
+    with start("flask", workers=1) as started:
         yield started
 
 
 @pytest.fixture
-def fastapi_service(
-    found: databases.Databases, items: Any, tmp_path: Path
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    for name in ("fastapi", "psycopg_pool", "uvicorn"):
-        pytest.importorskip(name, reason=f"{name} is not installed")
-    port = databases.free_port()
-    command = ["uvicorn", "--port", str(port), "--log-level", "warning", "service:app"]
-    folder = EXAMPLES / "service_fastapi"
-    env = {"POSTGRES_URL": found.postgres, "NOTES_FOLDER": str(tmp_path)}
-    with served(folder, command, port, **env) as started:
+def fastapi_service(start: Start) -> Iterator[Server]:
+    with start("fastapi") as started:
         yield started
-
-
-def ask(url: str, data: bytes | None = None) -> tuple[int, str]:
-    request = urllib.request.Request(url, data, method="GET" if data is None else "PUT")
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def _listens(url: str) -> bool:
-    try:
-        ask(f"{url}/health")
-    except OSError:
-        return False
-    return True
 
 
 def counts(url: str) -> dict[str, float]:
@@ -147,8 +118,8 @@ def counts(url: str) -> dict[str, float]:
 
 
 def end_in_flight(
-    server: subprocess.Popen[str], url: str, items: Any, is_ending: Callable[[], bool]
-) -> list[tuple[int, str]]:
+    server: Server, items: Any, is_ending: Callable[[], bool], ask_one: Callable[[int], Answer]
+) -> list[Answer]:
     """What requests answer that wait for a locked table when SIGTERM comes; and it ends well."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     # What a transaction sees of the activity stays as it was: another connection looks at it.
@@ -158,34 +129,22 @@ def end_in_flight(
     ):
         with items.transaction():
             items.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
-            asked = [clients.submit(ask, f"{url}/items/{n}") for n in range(IN_FLIGHT)]
+            asked = [clients.submit(ask_one, n) for n in range(IN_FLIGHT)]
             wait_until(
                 lambda: observer.execute(waiting).fetchone()[0] == IN_FLIGHT,
                 "the requests at the locked table",
             )
-            server.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             wait_until(is_ending, "the server's beginning to end")
-            assert server.poll() is None
+            assert server.process.poll() is None
             assert not any(answer.done() for answer in asked)
         answers = [answer.result(PATIENCE) for answer in asked]
-    server.wait(PATIENCE)
-    assert server.stderr is not None
-    assert server.stderr.read() == ""
-    assert server.returncode in {0, -signal.SIGTERM}  # uvicorn raises the signal again at its end
+    assert server.end() == ""
     return answers
 
 
-def _accepts(url: str) -> bool:
-    host, port = url.removeprefix("http://").split(":")
-    try:
-        socket.create_connection((host, int(port)), PATIENCE).close()
-    except OSError:
-        return False
-    return True
-
-
-def test_flask_answers_from_three_servers(flask_service: tuple[Any, str]) -> None:
-    _, url = flask_service
+def check_items(url: str) -> None:
+    """An item is what PostgreSQL, Redis and the service with the prices say together."""
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda n: ask(f"{url}/items/{n % 10}"), range(100)))
     visits: dict[int, list[int]] = {}
@@ -200,21 +159,27 @@ def test_flask_answers_from_three_servers(flask_service: tuple[Any, str]) -> Non
     assert ask(f"{url}/health")[0] == 200
 
 
-def test_flask_counts_what_it_did(flask_service: tuple[Any, str]) -> None:
-    _, url = flask_service
-    found = counts(url)
+def test_flask_answers_from_three_servers(flask_service: Server) -> None:
+    check_items(flask_service.url)
+
+
+def test_flask_counts_what_it_did(flask_service: Server) -> None:
+    found = counts(flask_service.url)
     assert found["unsync_coroutines_started_total"] >= 1  # it has connected
     assert found["unsync_coroutines_failed_total"] == 0
     assert found["unsync_coroutines_pending"] == 0
 
 
 def test_flask_loses_nothing_that_is_in_flight_on_sigterm(
-    flask_service: tuple[Any, str], items: Any, tmp_path: Path
+    flask_service: Server, items: Any, tmp_path: Path
 ) -> None:
     # Its workers go on listening while they end, though nobody accepts: its log says when.
     log = tmp_path / "log"
     answers = end_in_flight(
-        *flask_service, items, lambda: "Handling signal: term" in log.read_text()
+        flask_service,
+        items,
+        lambda: "Handling signal: term" in log.read_text(),
+        lambda n: ask(f"{flask_service.url}/items/{n}"),
     )
     assert "ERROR" not in log.read_text()
     assert [status for status, _ in answers] == [200] * IN_FLIGHT
@@ -223,10 +188,31 @@ def test_flask_loses_nothing_that_is_in_flight_on_sigterm(
     ]
 
 
+@pytest.mark.parametrize("kind", ["django", "django-asgi"])
+def test_django_answers_from_three_servers_and_writes(start: Start, items: Any, kind: str) -> None:
+    with start(kind) as server:
+        url = server.url
+        check_items(url)
+        with ThreadPoolExecutor(8) as clients:
+            asked = [clients.submit(rename, url, n) for n in range(100)]
+            assert [answer.result(PATIENCE) for answer in asked] == [(204, "")] * 100
+        names = items.execute("SELECT name FROM items ORDER BY id").fetchall()
+        assert names == [(f"new {n}",) for n in range(100)]
+        status, text = rename(url, 100)
+        assert (status, json.loads(text)) == (404, {"error": "there is no item 100"})
+        found = counts(url)
+        assert found["unsync_threads_started_total"] >= 1  # by one of the workers of gunicorn
+        assert found["unsync_threads_failed_total"] == found["unsync_coroutines_failed_total"] == 0
+
+
+def rename(url: str, number: int) -> Answer:
+    return ask(f"{url}/items/{number}/name", f"new {number}".encode())
+
+
 def test_fastapi_answers_from_the_database_and_writes_files(
-    fastapi_service: tuple[Any, str], tmp_path: Path
+    fastapi_service: Server, tmp_path: Path
 ) -> None:
-    _, url = fastapi_service
+    url = fastapi_service.url
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda n: ask(f"{url}/items/{n}"), range(100)))
         written = list(clients.map(lambda n: ask(f"{url}/items/{n}/note", b"x" * n), range(1, 100)))
@@ -244,21 +230,131 @@ def test_fastapi_answers_from_the_database_and_writes_files(
 
 
 def test_fastapi_loses_nothing_that_is_in_flight_on_sigterm(
-    fastapi_service: tuple[Any, str], items: Any
+    fastapi_service: Server, items: Any
 ) -> None:
-    answers = end_in_flight(*fastapi_service, items, lambda: not _accepts(fastapi_service[1]))
+    url = fastapi_service.url
+    answers = end_in_flight(
+        fastapi_service, items, lambda: not accepts(url), lambda n: ask(f"{url}/items/{n}")
+    )
     expected = [(200, {"id": n, "name": f"item {n}"}) for n in range(IN_FLIGHT)]
     assert [(status, json.loads(text)) for status, text in answers] == expected
 
 
-def test_what_is_not_healthy_says_so(fastapi_service: tuple[Any, str], items: Any) -> None:
-    _, url = fastapi_service
+def test_django_under_uvicorn_loses_nothing_that_is_in_flight_on_sigterm(
+    start: Start, items: Any
+) -> None:
+    with start("django-asgi") as server:
+        answers = end_in_flight(
+            server,
+            items,
+            lambda: not accepts(server.url),
+            lambda n: rename(server.url, n),
+        )
+    assert answers == [(204, "")] * IN_FLIGHT
+    names = items.execute("SELECT name FROM items ORDER BY id LIMIT %s", [IN_FLIGHT]).fetchall()
+    assert names == [(f"new {n}",) for n in range(IN_FLIGHT)]
+
+
+def is_item(number: int, answer: Answer) -> bool:
+    status, text = answer
+    if status != 200:
+        return False
+    found = json.loads(text)
+    return (found["id"], found["name"]) == (number % 100, f"item {number % 100}")
+
+
+@pytest.mark.parametrize("kind", ["flask", "fastapi", "django"])
+def test_a_restart_under_load_loses_no_request(start: Start, tmp_path: Path, kind: str) -> None:
+    """The socket stays open: who connects between two servers waits for the second one."""
+    with listening() as listener:
+        load = Load(listener.getsockname()[1], lambda n: f"/items/{n % 100}", is_item)
+        with start(kind, listener) as first, contextlib.ExitStack() as successor, load.going_on():
+            load.wait_for_more(200)
+            first.process.send_signal(signal.SIGTERM)
+            assert first.end() == ""
+            successor.enter_context(start(kind, listener))
+            load.wait_for_more(200)
+    assert (load.lost, load.refused) == ([], 0)
+    assert load.answered >= 400
+
+
+def test_who_has_connected_when_uvicorn_begins_to_end_is_answered(start: Start) -> None:
+    with listening() as listener, start("fastapi", listener) as server:
+        listener.close()
+        host, port = server.url.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
+        connection.connect()
+        assert ask(f"{server.url}/health")[0] == 200  # it connected later: both are accepted
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not accepts(server.url), "the server's beginning to end")
+        connection.request("GET", "/items/7")
+        response = connection.getresponse()
+        assert is_item(7, (response.status, response.read().decode()))
+        connection.close()
+        assert server.end() == ""
+
+
+@pytest.mark.parametrize("kind", ["flask", "django-asgi"])
+def test_what_a_service_has_begun_under_load_it_answers(
+    start: Start, urls: dict[str, str], kind: str
+) -> None:
+    """The socket is the server's own: connections that it did not come to are reset, and no others.
+
+    Redis counts what was begun.
+    """
+    redis = pytest.importorskip("redis", reason="redis is not installed")
+    with start(kind) as server:
+        load = Load(int(server.url.split(":")[2]), lambda n: f"/items/{n % 100}", is_item)
+        with load.going_on():
+            load.wait_for_more(200)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.end() == ""
+    with redis.Redis.from_url(urls["REDIS_URL"]) as connection:
+        begun = sum(map(int, connection.mget(f"visits:{n}" for n in range(100))))
+    assert begun == load.answered
+    reset = ("ConnectionResetError", "RemoteDisconnected")
+    assert [lost for lost in load.lost if not any(name in lost for name in reset)] == []
+
+
+def test_what_is_not_healthy_says_so(fastapi_service: Server, items: Any) -> None:
     items.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
     )
-    status, text = ask(f"{url}/health")
+    status, text = ask(f"{fastapi_service.url}/health")
     assert status == 503
     assert "terminating connection" in json.loads(text)["error"]
     # The pool has put another in its place.
-    assert ask(f"{url}/health")[0] == 200
+    assert ask(f"{fastapi_service.url}/health")[0] == 200
+
+
+@contextlib.contextmanager
+def postgres_unreachable(items: Any) -> Iterator[None]:
+    """Ends all other connections to the database, and lets nobody connect while the block runs."""
+    other = psycopg.conninfo.make_conninfo(items.info.dsn, dbname="template1")
+    allow = "ALTER DATABASE postgres ALLOW_CONNECTIONS "
+    with psycopg.connect(other, autocommit=True) as connection:
+        connection.execute(allow + "false")
+        try:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+                " WHERE datname = 'postgres' AND pid <> %s",
+                [items.info.backend_pid],
+            )
+            yield
+        finally:
+            connection.execute(allow + "true")
+
+
+@pytest.mark.parametrize("kind", ["flask", "django"])
+def test_without_its_database_a_service_is_not_healthy(start: Start, items: Any, kind: str) -> None:
+    with start(kind, workers=1) as server:
+        assert ask(f"{server.url}/health")[0] == 200
+        with postgres_unreachable(items):
+            status, text = ask(f"{server.url}/health")
+            assert status == 503
+            assert json.loads(text)["error"]
+        # In whatever thread.
+        wait_until(
+            lambda: all(ask(f"{server.url}/health")[0] == 200 for _ in range(20)), "its health"
+        )

@@ -96,8 +96,9 @@ def item(number: int) -> tuple[Response, int]:
 
 @app.get("/health")
 def health() -> tuple[Response, int]:
-    problem = check().exception(PATIENCE)
-    if problem is not None:
+    try:
+        check().result(PATIENCE)
+    except Exception as problem:  # a TimeoutError too
         return jsonify({"error": repr(problem)}), 503
     return jsonify({"error": None}), 200
 

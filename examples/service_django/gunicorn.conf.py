@@ -1,0 +1,20 @@
+"""How gunicorn runs the service: when each worker connects, and when it may end."""
+
+import service
+
+from unsync import unsync
+
+worker_class = "gthread"
+threads = 16
+graceful_timeout = 30  # seconds that requests in flight have after SIGTERM
+
+
+def post_worker_init(worker: object) -> None:
+    """In the worker, after the fork: one that cannot connect does not serve."""
+    service.start().result(10)
+
+
+def worker_exit(server: object, worker: object) -> None:
+    """In the worker, after its last request."""
+    service.stop().result(10)
+    unsync.shutdown(10)
