@@ -291,7 +291,10 @@ def chart(results: Results, path: Path) -> None:
     names = {peer: "best other" if peer == "others" else WAYS[peer].label for peer in MARKS}
     marks = {names[peer]: (*MARKS[peer], 9 if peer == "unsync" else 7) for peer in MARKS}
     draw(
-        [(label, {names[peer]: value for peer, value in points.items()}) for label, points in lines],
+        [
+            (label, {names[peer]: value for peer, value in points.items()})
+            for label, points in lines
+        ],
         marks,
         "microseconds per operation, one core (to the left is faster)",
         path,

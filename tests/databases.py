@@ -128,7 +128,8 @@ def _postgres(folder: Path) -> Iterator[str]:
         who |= {"user": user[0], "group": user[1], "extra_groups": []}
     made = subprocess.run(
         [
-            *(binaries / "initdb", "--pgdata", data, "--username", "unsync", "--auth", "trust"),
+            *(str(binaries / "initdb"), "--pgdata", str(data), "--username", "unsync"),
+            *("--auth", "trust"),
             *("--encoding", "UTF8", "--locale", "C", "--no-sync"),
         ],
         **who,
@@ -143,7 +144,7 @@ def _postgres(folder: Path) -> Iterator[str]:
         command += ["-c", setting]
 
     def is_ready() -> bool:
-        asked = [binaries / "pg_isready", "--quiet", "--host", "127.0.0.1", "--port", str(port)]
+        asked = [str(binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
         return subprocess.run(asked, start_new_session=True).returncode == 0
 
     # SIGINT is its fast shutdown, which waits for no client.

@@ -2,10 +2,10 @@
 
     PYTHONPATH=bench:tests python -m service [--quick] [--rounds N] [--only APPLICATION/WAY ...]
 
-PostgreSQL, Redis and another service are started for the while, on loopback, with data of their own;
-they are gone afterwards, also on Ctrl-C. Each application runs under its real server, which has a
-core for itself; wrk, on the others, loads it and checks every response. In every round each way has
-its turn, with a server of its own, in an order that shifts by one from round to round.
+PostgreSQL, Redis and another service are started for the while, on loopback, with data of their
+own; they are gone afterwards, also on Ctrl-C. Each application runs under its real server, which
+has a core for itself; wrk, on the others, loads it and checks every response. In every round each
+way has its turn, with a server of its own, in an order that shifts by one from round to round.
 
 The figures go to `results/services.json`, the tables and the chart into the docs: see `tables.py`.
 """
@@ -40,7 +40,9 @@ Figures = dict[str, float]
 
 
 def configurations() -> list[str]:
-    return [f"{name}/{way}" for name, application in APPLICATIONS.items() for way in application.ways]
+    return [
+        f"{name}/{way}" for name, application in APPLICATIONS.items() for way in application.ways
+    ]
 
 
 def rows_of(application: str, way: str) -> list[Row]:
@@ -185,7 +187,7 @@ def main() -> None:
                     row = samples.setdefault(application, {}).setdefault(name, {})
                     row.setdefault(way, []).append(figure)
 
-    results = {
+    results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "machine": compare.machine(),

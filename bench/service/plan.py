@@ -18,8 +18,8 @@ ENVIRONMENTS = {
     "service-upstream": ("unsync==1.4.0", *LIBRARIES),
 }
 REPORTED = (
-    *("aiohttp", "anyio", "asgiref", "asyncpg", "django", "fastapi", "flask", "gunicorn", "hiredis"),
-    *("httptools", "psycopg", "redis", "urllib3", "uvicorn", "uvloop"),
+    *("aiohttp", "anyio", "asgiref", "asyncpg", "django", "fastapi", "flask", "gunicorn"),
+    *("hiredis", "httptools", "psycopg", "redis", "urllib3", "uvicorn", "uvloop"),
 )
 
 
@@ -94,7 +94,7 @@ def digest(data: bytes) -> dict[str, object]:
 
 
 SEVERAL: dict[str, object] = {"values": [value((3 + more) % 10) for more in range(10)]}
-GUNICORN = ("gunicorn", "--config", "gunicorn.conf.py")
+GUNICORN = ("gunicorn", "--config", "python:service.applications.under_gunicorn")
 UVICORN = ("uvicorn", "--log-level", "warning", "--no-access-log", "--lifespan", "on")
 NOTE = b"so much for this item\n" * 200  # the small file, "3.txt"
 

@@ -39,9 +39,7 @@ NAMES = {
 
 
 def cell(results: Results, application: str, row: str, way: str) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = (
-        results["services"].get(application, {}).get(row, {}).get(way)
-    )
+    found: dict[str, Any] | None = results["services"].get(application, {}).get(row, {}).get(way)
     return found
 
 

@@ -35,4 +35,5 @@ def prepare(threads: int) -> None:
 
 
 def offload(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-    return unsync(function)
+    marked: Callable[..., Awaitable[Any]] = unsync(function)
+    return marked

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from anyio.from_thread import start_blocking_portal
+
 from service.clients import kept
 
 clients = kept

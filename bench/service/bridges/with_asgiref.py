@@ -26,7 +26,7 @@ def many(
     function: Callable[[Any], Coroutine[Any, Any, Any]],
 ) -> Callable[[Iterable[Any]], list[Any]]:
     assert function is clients.get
-    return one(clients.get_all)
+    return one(clients.get_at_once)
 
 
 def prepare(threads: int) -> None:

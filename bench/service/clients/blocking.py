@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import redis
+import urllib3
 from psycopg_pool import ConnectionPool
 
 CONNECTIONS = 16
@@ -23,7 +23,7 @@ ITEMS = 10
 class Clients:
     redis: redis.Redis
     postgres: ConnectionPool
-    http: Any
+    http: urllib3.PoolManager
 
 
 _clients: Clients | None = None
@@ -31,8 +31,6 @@ _clients: Clients | None = None
 
 def connect() -> None:
     global _clients
-    import urllib3
-
     postgres: ConnectionPool = ConnectionPool(
         os.environ["POSTGRES_URL"],
         min_size=1,
@@ -52,8 +50,7 @@ def _connected() -> Clients:
 
 
 def get(number: int) -> str:
-    value: Any = _connected().redis.get(f"item:{number}")
-    return str(value)
+    return str(_connected().redis.get(f"item:{number}"))
 
 
 def get_all(numbers: Iterable[int]) -> list[str]:
@@ -70,8 +67,7 @@ def query(number: int) -> str:
 def fetch(number: int) -> str:
     answer = _connected().http.request("GET", f"{os.environ['PRICES_URL']}/{number}")
     assert answer.status == 200
-    text: str = answer.data.decode()
-    return text
+    return answer.data.decode()
 
 
 def digest(number: int) -> str:

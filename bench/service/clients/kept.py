@@ -47,8 +47,7 @@ def _connected() -> Clients:
 
 
 async def get(number: int) -> str:
-    value: str = await _connected().redis.get(f"item:{number}")
-    return value
+    return str(await _connected().redis.get(f"item:{number}"))
 
 
 async def get_all(numbers: Iterable[int]) -> list[str]:
