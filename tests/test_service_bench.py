@@ -69,23 +69,29 @@ def test_every_row_has_each_figure_and_no_errors(tmp_path: Path) -> None:
     assert "| unsync |" in done.stdout
 
 
-def processes_with(mark: str) -> dict[int, dict[str, str]]:
-    """The environments of all processes that have the variable MARK with this value."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def processes_with(mark: str) -> list[tuple[str, dict[str, str]]]:
+    """Command line and environment of all processes that have the variable MARK with this value."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            text = path.read_bytes().decode(errors="replace")
+            command_line, text = [
+                (path / name).read_bytes().decode(errors="replace").split("\0")
+                for name in ("cmdline", "environ")
+            ]
         except OSError:
             continue  # it ended meanwhile
-        variables = dict(line.partition("=")[::2] for line in text.split("\0"))
+        variables = dict(line.partition("=")[::2] for line in text)
         if variables.get("MARK") == mark:
-            found[int(path.parent.name)] = variables
+            found.append((" ".join(command_line), variables))
     return found
 
 
-def url_of_redis(mark: str) -> str | None:
-    urls = (each.get("REDIS_URL") for each in processes_with(mark).values())
-    return next((url for url in urls if url is not None), None)
+def url_of_redis_under_load(mark: str) -> str | None:
+    """None if wrk does not run yet."""
+    found = processes_with(mark)
+    urls = [variables["REDIS_URL"] for _, variables in found if "REDIS_URL" in variables]
+    is_loaded = any(line.startswith("wrk ") for line, _ in found)
+    return urls[0] if is_loaded and urls else None
 
 
 @needs_servers
@@ -103,10 +109,8 @@ def test_a_signal_ends_the_servers_and_removes_their_data(
         stderr=subprocess.DEVNULL,
     )
     try:
-        # The measurement itself, as it has its own body for wrk to compare with.
-        wait_until(lambda: is_loaded(mark) or process.poll() is not None, "the load")
-        assert process.poll() is None
-        redis = str(url_of_redis(mark)).removeprefix("redis://").removesuffix("/0")
+        wait_until(lambda: url_of_redis_under_load(mark) or process.poll() is not None, "the load")
+        redis = str(url_of_redis_under_load(mark)).removeprefix("redis://").removesuffix("/0")
         assert commands_with(f"redis-server {redis}")
         assert commands_with(f"{mark}/unsync-databases-")
         process.send_signal(number)
@@ -117,14 +121,8 @@ def test_a_signal_ends_the_servers_and_removes_their_data(
         assert not list(open_folder.iterdir())
         assert not (tmp_path / "json").exists()
     finally:
-        process.kill()
-        process.wait()
-
-
-def is_loaded(mark: str) -> bool:
-    """Whether wrk runs, which is when all servers do."""
-    links = [Path(f"/proc/{pid}/exe") for pid in processes_with(mark)]
-    return any(os.path.realpath(link).endswith("/wrk") for link in links)
+        process.terminate()
+        process.wait(PATIENCE)
 
 
 @needs_servers

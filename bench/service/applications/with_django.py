@@ -14,7 +14,7 @@ from django.urls import path
 
 from service import bridges
 from service.applications import THREADS
-from service.clients import blocking, kept
+from service.clients import afresh, blocking, kept
 
 bridge = bridges.chosen()
 IS_ASGIREF = bridge.__name__.endswith("with_asgiref")
@@ -29,7 +29,7 @@ offloaded = bridge.offload(blocking.query)
 
 async def handle_redis_afresh(request: HttpRequest, number: int) -> JsonResponse:
     """An async view in a WSGI server: Django calls it with `async_to_sync`."""
-    return JsonResponse({"value": await bridge.clients.get(number)})
+    return JsonResponse({"value": await afresh.get(number)})
 
 
 def handle_redis(request: HttpRequest, number: int) -> JsonResponse:

@@ -9,7 +9,7 @@ from service.applications import SEVERAL
 
 app = Flask(__name__)
 bridge = bridges.chosen()
-clients = bridge.clients
+clients = bridges.clients_of(bridge)
 get = bridge.one(clients.get)
 get_each = bridge.many(clients.get)
 get_all = bridge.one(clients.get_all)

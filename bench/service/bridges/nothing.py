@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from service.clients import blocking
-
-clients = blocking
+CLIENTS = "blocking"
 
 
 def one(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,11 +6,10 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
-from service.clients import kept
 from unsync import unsync
 from unsync.executors import ThreadExecutor
 
-clients = kept
+CLIENTS = "kept"
 
 if os.environ.get("SERVICE_LOOP") == "uvloop":
     import uvloop

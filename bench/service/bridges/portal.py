@@ -8,9 +8,7 @@ from typing import Any
 
 from anyio.from_thread import start_blocking_portal
 
-from service.clients import kept
-
-clients = kept
+CLIENTS = "kept"
 _managers: list[Any] = []
 
 

@@ -9,9 +9,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import cache
 from typing import Any
 
-from service.clients import kept
-
-clients = kept
+CLIENTS = "kept"
 
 
 @cache

@@ -7,9 +7,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import unsync as package
-from service.clients import kept
 
-clients = kept
+CLIENTS = "kept"
 unsync: Any = package.unsync
 
 if os.environ.get("SERVICE_LOOP") == "uvloop":

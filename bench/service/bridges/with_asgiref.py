@@ -12,9 +12,7 @@ from typing import Any
 
 from asgiref.sync import async_to_sync, sync_to_async
 
-from service.clients import afresh
-
-clients = afresh
+CLIENTS = "afresh"
 
 
 def one(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
@@ -25,8 +23,10 @@ def one(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]
 def many(
     function: Callable[[Any], Coroutine[Any, Any, Any]],
 ) -> Callable[[Iterable[Any]], list[Any]]:
-    assert function is clients.get
-    return one(clients.get_at_once)
+    from service.clients import afresh
+
+    assert function is afresh.get
+    return one(afresh.get_at_once)
 
 
 def prepare(threads: int) -> None:
