@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a rough picture, in a few minutes")
     parser.add_argument("--rounds", type=int, help="turns of each way; 3, quick 1")
-    parser.add_argument("--seconds", type=float, help="that a row is measured for; 3, quick 1")
+    parser.add_argument("--seconds", type=float, help="that a row is measured for; 2.5, quick 1")
     parser.add_argument("--only", nargs="+", choices=configurations(), metavar="APPLICATION/WAY")
     parser.add_argument("--unpinned", action="store_true", help="all servers share all cores")
     parser.add_argument("--environments", type=Path, default=compare.CHECKOUT / ".venv-bench")
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file instead of the one in results/")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 3)
-    seconds = options.seconds or (1 if options.quick else 3)
+    seconds = options.seconds or (1 if options.quick else 2.5)
     wanted = [each.split("/") for each in options.only or configurations()]
     reason = running.missing()
     if reason is not None:
@@ -149,7 +149,8 @@ def main() -> None:
             name = APPLICATIONS[application].ways[way].environment
             if name not in pythons:
                 made = options.environments / name
-                pythons[name] = options.python or compare.install(made, ENVIRONMENTS[name])
+                python = options.python or compare.install(made, ENVIRONMENTS[name])
+                pythons[name] = python.absolute()  # the servers run in a folder of their own
         core = None if options.unpinned else running.split_cores()
         # First: in it, SIGTERM also is an exception, and so everything else ends well.
         found = stack.enter_context(databases.databases())

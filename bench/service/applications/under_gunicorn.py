@@ -15,6 +15,15 @@ loglevel = "warning"
 control_socket_disable = True
 
 
+def application(worker: Any) -> Any:
+    return importlib.import_module(worker.app.app_uri.partition(":")[0])
+
+
 def post_worker_init(worker: Any) -> None:
     """In the worker, after the fork: the clients connect."""
-    importlib.import_module(worker.app.app_uri.partition(":")[0]).start()
+    application(worker).start()
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """In the worker, after its last request."""
+    application(worker).stop()

@@ -55,6 +55,13 @@ def start() -> None:
         bridge.one(kept.connect)()
 
 
+def stop() -> None:
+    """After the last request."""
+    if not IS_ASGIREF:
+        bridge.one(kept.disconnect)()
+        bridge.close()
+
+
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 _django: Any = get_asgi_application()
@@ -75,6 +82,10 @@ async def asgi(scope: dict[str, Any], receive: Receive, send: Send) -> None:
                 await kept.connect()
             else:
                 await asyncio.to_thread(bridge.one(kept.connect))
+        elif IS_ASGIREF:
+            await kept.disconnect()
+        else:
+            await asyncio.to_thread(bridge.one(kept.disconnect))
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return

@@ -19,6 +19,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     bridge.prepare(THREADS)
     blocking.connect()
     yield
+    blocking.disconnect()
 
 
 app = FastAPI(lifespan=lifespan)

@@ -22,6 +22,12 @@ def start() -> None:
     bridge.one(clients.connect)()
 
 
+def stop() -> None:
+    """After the last request."""
+    bridge.one(clients.disconnect)()
+    bridge.close()
+
+
 def several(number: int) -> list[int]:
     return [(number + more) % SEVERAL for more in range(SEVERAL)]
 

@@ -14,3 +14,7 @@ def one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def many(function: Callable[[Any], Any]) -> Callable[[Iterable[Any]], list[Any]]:
     return lambda values: [function(value) for value in values]
+
+
+def close() -> None:
+    """There is nothing."""

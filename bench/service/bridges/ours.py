@@ -29,6 +29,10 @@ def many(
     return lambda values: [call.result() for call in [marked(value) for value in values]]
 
 
+def close() -> None:
+    unsync.shutdown(10)
+
+
 def prepare(threads: int) -> None:
     unsync.thread_executor = ThreadExecutor(threads)
 

@@ -31,3 +31,7 @@ def many(
         return [made.result() for made in [start(function, value) for value in values]]
 
     return call
+
+
+def close() -> None:
+    _managers[0].__exit__(None, None, None)

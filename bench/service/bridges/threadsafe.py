@@ -37,3 +37,7 @@ def many(
         return [made.result() for made in [start(function(value), here) for value in values]]
 
     return call
+
+
+def close() -> None:
+    loop().call_soon_threadsafe(loop().stop)

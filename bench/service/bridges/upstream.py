@@ -27,3 +27,7 @@ def many(
 ) -> Callable[[Iterable[Any]], list[Any]]:
     marked = unsync(function)
     return lambda values: [call.result() for call in [marked(value) for value in values]]
+
+
+def close() -> None:
+    """It has nothing to end its loop with."""

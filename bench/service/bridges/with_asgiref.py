@@ -29,6 +29,10 @@ def many(
     return one(afresh.get_at_once)
 
 
+def close() -> None:
+    """Each loop has ended with its call."""
+
+
 def prepare(threads: int) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
 

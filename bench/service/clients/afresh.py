@@ -23,6 +23,10 @@ async def connect() -> None:
     """There is nothing that could be kept."""
 
 
+async def disconnect() -> None:
+    """Each call has done so."""
+
+
 async def get(number: int) -> str:
     async with _redis() as client:
         return str(await client.get(f"item:{number}"))

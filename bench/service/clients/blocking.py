@@ -49,6 +49,13 @@ def _connected() -> Clients:
     return _clients
 
 
+def disconnect() -> None:
+    clients = _connected()
+    clients.http.clear()
+    clients.redis.close()
+    clients.postgres.close()
+
+
 def get(number: int) -> str:
     return str(_connected().redis.get(f"item:{number}"))
 

@@ -46,6 +46,13 @@ def _connected() -> Clients:
     return _clients
 
 
+async def disconnect() -> None:
+    clients = _connected()
+    await clients.http.close()
+    await clients.redis.aclose()
+    await clients.postgres.close()
+
+
 async def get(number: int) -> str:
     return str(await _connected().redis.get(f"item:{number}"))
 
