@@ -34,6 +34,7 @@ from service import running, tables
 from service.plan import APPLICATIONS, CONNECTIONS, ENVIRONMENTS, NOTE, REPORTED, THREADS, Row
 
 HERE = Path(__file__).parent
+SERIES = ".".join(platform.python_version_tuple()[:2])
 WARM_UP = 0.4  # seconds of load before a row is measured
 
 Figures = dict[str, float]
@@ -148,7 +149,7 @@ def main() -> None:
         for application, way in wanted:
             name = APPLICATIONS[application].ways[way].environment
             if name not in pythons:
-                made = options.environments / name
+                made = options.environments / f"{name}-{SERIES}"
                 python = options.python or compare.install(made, ENVIRONMENTS[name])
                 pythons[name] = python.absolute()  # the servers run in a folder of their own
         core = None if options.unpinned else running.split_cores()

@@ -161,7 +161,8 @@ def load(service: Service, path: str, body: str, connections: int, seconds: floa
     :raises RuntimeError: wrk failed.
     """
     command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", "1m"]
-    command += ["--script", str(HERE / "check.lua"), service.url + path, "--", body]
+    command += ["--timeout", f"{PATIENCE:.0f}s", "--script", str(HERE / "check.lua")]
+    command += [service.url + path, "--", body]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as wrk:
