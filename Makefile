@@ -5,7 +5,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SOURCES := pyproject.toml setup.py unsync/_core.pyx
 
 .PHONY: help demo test test-compiled test-pure test-upstream test-cython lint docs wheels
-.PHONY: cibuildwheel bench bench-micro bench-against bench-import clean
+.PHONY: cibuildwheel bench bench-service bench-micro bench-against bench-import clean
 
 help:
 	@echo "make demo    set up and run the census of the standard library"
@@ -14,6 +14,7 @@ help:
 	@echo "make docs    build the documentation site into build/docs"
 	@echo "make wheels  build, check and test the wheels for the interpreters at hand"
 	@echo "make bench   compare with every other way to do the work, and write the tables"
+	@echo "make bench-service   load real services, with each way to call, and write the tables"
 	@echo "make bench-micro   measure the two cores with pytest-benchmark"
 	@echo "make clean   remove everything that was generated"
 
@@ -82,6 +83,13 @@ docs: $(VENV)/.unsync $(VENV)/.docs
 bench: $(VENV)/.bench
 	$(BIN)/python bench/compare.py
 	$(BIN)/python bench/report.py
+
+# Flask, FastAPI and Django under their servers, on PostgreSQL and Redis, loaded by wrk; then the page.
+# SERVICE="--only fastapi/unsync fastapi/def" limits it; --help tells what else there is.
+bench-service: $(VENV)/.bench
+	.ci/databases
+	PYTHONPATH=bench:tests $(BIN)/python -m service $(SERVICE)
+	PYTHONPATH=bench:tests $(BIN)/python -m service.tables
 
 bench-micro: $(VENV)/.unsync $(VENV)/.test $(VENV)/.bench
 	UNSYNC_NO_EXTENSIONS= $(BIN)/pytest bench --benchmark-columns=median,iqr,ops

@@ -40,19 +40,19 @@ FAIR = ("unsync", "uvloop", "fallback", "upstream", "stdlib")
 Samples = dict[str, dict[str, list[dict[str, Any]]]]
 
 
-def environment(peer: str, folder: Path) -> Path:
-    """The Python of the peer's virtual environment, which is made if there is none yet."""
-    way = WAYS[peer]
-    requirements = [str(CHECKOUT) if each == "." else each for each in way.requirements]
-    home = folder / peer
+def install(home: Path, requirements: tuple[str, ...]) -> Path:
+    """The Python of a virtual environment, which is made if there is none yet."""
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-    if requirements:
-        # The checkout is installed anew each time: it may have changed.
-        anew = ["--force-reinstall", "--no-deps"] if way.requirements == (".",) else []
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*command, *anew, *requirements], check=True)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    others = [each for each in requirements if each != "."]
+    if others:
+        subprocess.run([*command, *others], check=True)
+    if "." in requirements:
+        # Anew each time: it may have changed.
+        anew = ["--force-reinstall", "--no-deps", str(CHECKOUT)]
+        subprocess.run([*command, *anew], check=True)
     return python
 
 
@@ -150,7 +150,7 @@ def main() -> None:
         pythons: dict[str, Path] = {}
         for peer in options.peers:
             begin(f"environment for {WAYS[peer].label}")
-            pythons[peer] = environment(peer, options.environments)
+            pythons[peer] = install(options.environments / peer, WAYS[peer].requirements)
             progress.advance(task)
         for mode, number in turns:
             cpu = ["--cpu", str(CPU)] if mode == "pinned" else []

@@ -281,41 +281,63 @@ MARKS = {
 
 
 def chart(results: Results, path: Path) -> None:
+    lines = []
+    for row in README_ROWS:
+        if BY_NAME[row].unit == "µs":
+            others = [figure(results, "pinned", row, peer) for peer in (*OTHERS, "to_thread")]
+            points = {peer: figure(results, "pinned", row, peer) for peer in README_PEERS}
+            points["others"] = min((value for value in others if value is not None), default=None)
+            lines.append((BY_NAME[row].label.replace("`", ""), points))
+    names = {peer: "best other" if peer == "others" else WAYS[peer].label for peer in MARKS}
+    marks = {names[peer]: (*MARKS[peer], 9 if peer == "unsync" else 7) for peer in MARKS}
+    draw(
+        [
+            (label, {names[peer]: value for peer, value in points.items()})
+            for label, points in lines
+        ],
+        marks,
+        "microseconds per operation, one core (to the left is faster)",
+        path,
+    )
+
+
+def draw(
+    lines: list[tuple[str, dict[str, float | None]]],
+    marks: dict[str, tuple[str, str, int]],
+    unit: str,
+    path: Path,
+) -> None:
+    """Lines with a name and a value for each mark, of which there is colour, shape and size."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "unsync"
-    rows = [row for row in README_ROWS if BY_NAME[row].unit == "µs"]
-    figure_, axes = plt.subplots(figsize=(9, 5.2))
-    for height, row in enumerate(reversed(rows)):
-        others = [figure(results, "pinned", row, peer) for peer in (*OTHERS, "to_thread")]
-        points = {peer: figure(results, "pinned", row, peer) for peer in README_PEERS}
-        points["others"] = min((value for value in others if value is not None), default=None)
+    figure_, axes = plt.subplots(figsize=(9, 0.4 * len(lines)))
+    for height, (_, points) in enumerate(reversed(lines)):
         known = [value for value in points.values() if value is not None]
         axes.hlines(height, min(known), max(known), color=INK, linewidth=1, alpha=0.5)
-        for peer, value in points.items():
+        for name, value in points.items():
             if value is not None:
-                colour, mark = MARKS[peer]
-                axes.plot(
-                    value, height, mark, color=colour, markersize=9 if peer == "unsync" else 7
-                )
+                colour, mark, size = marks[name]
+                axes.plot(value, height, mark, color=colour, markersize=size)
     axes.set_xscale("log")
-    axes.set_yticks(
-        range(len(rows)), [BY_NAME[row].label.replace("`", "") for row in reversed(rows)]
-    )
+    axes.set_yticks(range(len(lines)), [label for label, _ in reversed(lines)])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("microseconds per operation, one core (to the left is faster)", color=INK)
+    axes.set_xlabel(unit, color=INK)
     axes.tick_params(colors=INK, which="both", length=0)
     axes.grid(axis="x", color=INK, alpha=0.25)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for peer, (colour, mark) in MARKS.items():
-        name = "best other" if peer == "others" else WAYS[peer].label
+    for name, (colour, mark, _) in marks.items():
         axes.plot([], [], mark, color=colour, label=name)
     axes.legend(
-        loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=5, frameon=False, labelcolor=INK
+        loc="lower center",
+        bbox_to_anchor=(0.3, 1.0),
+        ncols=min(5, len(marks)),
+        frameon=False,
+        labelcolor=INK,
     )
     figure_.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure_)

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import threading
 import time
@@ -202,6 +203,14 @@ def ambient_loop_held() -> Iterator[Callable[[], None]]:
         yield gate.set
     finally:
         gate.set()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that PostgreSQL's own user gets through: those of `tmp_path` are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
 
 
 def running(loop: Loop) -> Iterator[Loop]:

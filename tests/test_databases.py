@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import databases
@@ -39,14 +37,6 @@ def commands_with(text: str) -> list[str]:
         if text in line:
             found.append(line)
     return found
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """One that PostgreSQL's own user gets through: those of `tmp_path` are closed to others."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o711)
-        yield Path(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")

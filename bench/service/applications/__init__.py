@@ -1,0 +1,9 @@
+"""A service for each framework. `SERVICE_BRIDGE` in the environment says how its handlers call."""
+
+from __future__ import annotations
+
+import os
+
+# Threads of a pool, the server's or the bridge's: the same number for all.
+THREADS = int(os.environ["SERVICE_THREADS"])
+SEVERAL = 10  # calls that a request makes at once
