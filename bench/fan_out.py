@@ -3,7 +3,7 @@
     python bench/fan_out.py
 
 Milliseconds for all calls and their results, the median of the rounds, in which all ways take their
-turns. The same two processes serve one way each; they have started before.
+turns. The same two processes serve all ways: two pools differ by more than the ways do.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ def little(x: int) -> int:
     return x + 1 + 0 * sum(range(250))
 
 
-theirs = ProcessPoolExecutor(WORKERS)
-ours = ProcessPoolExecutor(WORKERS)
+pool = ProcessPoolExecutor(WORKERS)
 
 Way = Callable[[Iterable[int], "int | None"], Iterable[int]]
 
 
 def ways(function: Callable[[int], int]) -> dict[str, Way]:
-    marked = unsync(function, executor=ours)
+    marked = unsync(function, executor=pool)
     return {
         "`submit`, one by one": lambda xs, _: [
-            future.result() for future in [theirs.submit(function, x) for x in xs]
+            future.result() for future in [pool.submit(function, x) for x in xs]
         ],
         "`@unsync` calls, one by one": lambda xs, _: [
             call.result() for call in [marked(x) for x in xs]
         ],
-        "`ProcessPoolExecutor.map`": lambda xs, size: theirs.map(function, xs, chunksize=size or 1),
+        "`ProcessPoolExecutor.map`": lambda xs, size: pool.map(function, xs, chunksize=size or 1),
         "`unsync.calls`": lambda xs, size: [
             call.result() for call in unsync.calls(marked, xs, chunksize=size)
         ],
@@ -92,8 +91,7 @@ def main() -> None:
             cells = [spent.get((name, size)) for size in (*CHUNKS, None)]
             texts = ["-" if cell is None else f"{statistics.median(cell):.1f}" for cell in cells]
             print(f"| {name} | {' | '.join(texts)} |", flush=True)
-    theirs.shutdown()
-    ours.shutdown()
+    pool.shutdown()
 
 
 if __name__ == "__main__":
