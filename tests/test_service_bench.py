@@ -21,6 +21,7 @@ CHECKOUT = Path(__file__).parent.parent
 sys.path.insert(0, str(CHECKOUT / "bench"))
 for name in ("psycopg_pool", "urllib3"):
     pytest.importorskip(name, reason=f"{name} is not installed")
+from service import __main__ as service_main  # noqa: E402
 from service import plan, running, tables  # noqa: E402
 
 reason = running.missing()
@@ -153,7 +154,7 @@ def cell(throughput: float, **more: float) -> dict[str, float]:
 
 
 def results(**ways: dict[str, float]) -> dict[str, Any]:
-    return {"services": {"flask": {"several": ways}}}
+    return {"services": {"flask": {"several": ways}}, "complaints": {}}
 
 
 def missed(measured: dict[str, Any]) -> set[str]:
@@ -187,6 +188,23 @@ def test_the_best_of_each_kind_is_bold() -> None:
     text = tables.table(results(unsync=cell(200), asgiref=cell(100, p99=1.5)), "flask")
     assert "| unsync | **200** | **1.00** | 2.00 | **100** | **50.0** | 0 |" in text
     assert "| asgiref | 100 | **1.00** | **1.50** | **100** | **50.0** | 0 |" in text
+
+
+def test_what_the_server_of_another_way_logs_is_told() -> None:
+    said = """Not Found: /
+ERROR:    Exception in ASGI application
+Traceback (most recent call last):
+  File "a.py", line 1, in b
+    c()
+RuntimeError: it is broken
+"""
+    assert service_main.logged_error(said) == "RuntimeError: it is broken"
+    assert service_main.logged_error("x\nERROR: not so good\n") == "ERROR: not so good"
+    assert service_main.logged_error("Not Found: /\n") is None
+    measured = results(unsync=cell(200), asgiref=cell(100))
+    measured["complaints"] = {"flask/asgiref": "RuntimeError: it is broken"}
+    text = tables.table(measured, "flask")
+    assert text.endswith("\nWith asgiref the server logged: `RuntimeError: it is broken`\n")
 
 
 def test_every_target_names_what_exists() -> None:

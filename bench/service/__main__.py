@@ -31,7 +31,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from service import running, tables
-from service.plan import APPLICATIONS, CONNECTIONS, ENVIRONMENTS, NOTE, REPORTED, THREADS, Row
+from service.plan import (
+    APPLICATIONS,
+    CONNECTIONS,
+    ENVIRONMENTS,
+    NOTE,
+    OURS,
+    REPORTED,
+    THREADS,
+    Row,
+)
 
 HERE = Path(__file__).parent
 SERIES = ".".join(platform.python_version_tuple()[:2])
@@ -72,10 +81,11 @@ def turn(
     seconds: float,
     core: int | None,
     log: Path,
-) -> dict[str, Figures]:
+) -> tuple[dict[str, Figures], str | None]:
     """Starts the application that calls in this way, and measures each of its rows.
 
-    :raises RuntimeError: an answer is not what it should be, or the server said something.
+    :returns: the figures, and the error that the server has logged, if any.
+    :raises RuntimeError: an answer is not what it should be.
     """
     plan = APPLICATIONS[application]
     port = databases.free_port()
@@ -102,9 +112,15 @@ def turn(
                 service, row.path, body.decode(), CONNECTIONS, seconds
             )
     said = log.read_text(errors="replace")
-    if "Traceback" in said or "ERROR" in said:
-        raise RuntimeError(f"the server said:\n{said}")
-    return found
+    return found, logged_error(said)
+
+
+def logged_error(said: str) -> str | None:
+    """The last line of the first traceback in a log, or the first error without one."""
+    _, begun, after = said.partition("Traceback (most recent call last):\n")
+    if begun:
+        return next(line for line in after.splitlines() if not line.startswith(" "))
+    return next((line for line in said.splitlines() if "ERROR" in line), None)
 
 
 def summary(rounds: list[Figures]) -> dict[str, Any]:
@@ -136,6 +152,7 @@ def main() -> None:
     console = Console(stderr=True)
     samples: dict[str, dict[str, dict[str, list[Figures]]]] = {}
     failed: dict[str, str] = {}
+    complaints: dict[str, str] = {}  # of the others' servers; ours must have none
     columns = (
         TextColumn("{task.description:<44}"),
         BarColumn(),
@@ -178,10 +195,14 @@ def main() -> None:
                 python = pythons[plan.ways[way].environment]
                 log = folder / f"{application}-{way}-{number}.log"
                 try:
-                    figures = turn(application, way, python, variables, seconds, core, log)
-                except RuntimeError as error:
-                    console.print(f"{plan.label}, {label}: {error}", markup=False)
-                    failed[f"{application}/{way}"] = str(error)
+                    figures, error = turn(application, way, python, variables, seconds, core, log)
+                    if error is not None:
+                        kept = failed if way in OURS else complaints
+                        kept[f"{application}/{way}"] = error
+                        console.print(f"{plan.label}, {label}: {error}", markup=False)
+                except RuntimeError as exc:
+                    console.print(f"{plan.label}, {label}: {exc}", markup=False)
+                    failed[f"{application}/{way}"] = str(exc)
                     continue
                 finally:
                     progress.advance(task)
@@ -200,6 +221,7 @@ def main() -> None:
         "threads": THREADS,
         "pinned": core is not None,
         "failed": failed,
+        "complaints": complaints,
         "services": {
             application: {
                 row: {way: summary(figures) for way, figures in ways.items()}

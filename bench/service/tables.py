@@ -70,6 +70,11 @@ def table(results: Results, application: str) -> str:
                 ]
                 lines.append([chosen.label, *marked, f"{ways[way]['errors']:.0f}"])
         parts.append(markdown(lines))
+    parts += [
+        f"With {chosen.label} the server logged: `{complaint}`\n"
+        for way, chosen in plan.ways.items()
+        if (complaint := results["complaints"].get(f"{application}/{way}")) is not None
+    ]
     return "\n".join(parts)
 
 
