@@ -306,6 +306,24 @@ def test_many_threads_may_submit_at_once(in_thread: InThread) -> None:
     assert done == [1] * 1600
 
 
+@pytest.mark.parametrize("started", [1, 3, 8])
+def test_jobs_that_come_at_once_run_at_once(started: int) -> None:
+    """However many workers there are already, idle or not yet started."""
+
+    def meet(barrier: threading.Barrier) -> None:
+        barrier.wait(PATIENCE)
+
+    def burst(executor: ThreadExecutor, size: int) -> None:
+        barrier = threading.Barrier(size)
+        for unfuture in [executor.submit(meet, barrier) for _ in range(size)]:
+            unfuture.result(PATIENCE)
+
+    with ThreadExecutor(8) as executor:
+        burst(executor, started)
+        for size in (*range(started, 9), *range(8, 0, -1), *[8] * 50):
+            burst(executor, size)
+
+
 # Initializers.
 
 
