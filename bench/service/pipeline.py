@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
 import asyncpg
 import databases
 from redis import asyncio as redis
+
 from service import pipeline_work as work
 
 WAYS = ("unsync", "asyncio")

@@ -12,6 +12,7 @@ from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+
 from service import pipeline_work as work
 from service.pipeline_work import Aggregate, Enriched, Job, Regions, Row, Sale, Total, Watch
 

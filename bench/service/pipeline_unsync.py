@@ -13,9 +13,9 @@ from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+
 from service import pipeline_work as work
 from service.pipeline_work import Aggregate, Job, Regions, Row, Sale, Total, Watch
-
 from unsync import Unfuture, unsync
 
 aggregate = unsync(work.aggregate, cpu_bound=True)
