@@ -304,6 +304,7 @@ def test_what_has_not_begun_never_runs_once_a_cancel_has_got_there(
 ) -> None:
     calls = [hold(str(tmp_path), number) for number in range(8)]
     wait_until(lambda: len(begun(tmp_path)) == 2, "a call in each worker")
+    wait_until(lambda: len(cluster.tasks("hold")) == 8, "the calls at the scheduler")
     cancelled = [number for number in range(8) if number not in begun(tmp_path)][-3:]
     for number in cancelled:
         assert calls[number].cancel()
