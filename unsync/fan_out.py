@@ -230,6 +230,16 @@ def _look_away(call: Unfuture[Any]) -> None:
         call.exception()
 
 
+def _look(job: _Job) -> tuple[BaseException | None, Any]:
+    """Of a done one: what it failed with, else its result."""
+    try:
+        # No more questions than that: each takes the lock of a future that is not ours.
+        failure = job.exception()
+        return failure, None if failure is not None else job.result()
+    except (asyncio.CancelledError, concurrent.futures.CancelledError):
+        return asyncio.CancelledError(), None
+
+
 class _Single:
     """A call that goes alone, as a stream sees it."""
 
@@ -243,10 +253,8 @@ class _Single:
 
     def take(self) -> tuple[list[Any], BaseException | None]:
         """The values of a done one, and the failure that came after them."""
-        if self.job.cancelled():
-            return [], asyncio.CancelledError()
-        failure = self.job.exception()
-        return ([self.job.result()], None) if failure is None else ([], failure)
+        failure, result = _look(self.job)
+        return ([result], None) if failure is None else ([], failure)
 
 
 class _Chunk(_travel.Bundle):
@@ -338,15 +346,6 @@ class _Chunk(_travel.Bundle):
 
     # Back again.
 
-    def look(self) -> tuple[BaseException | None, Any]:
-        """Of a done one: what all of its calls failed with, else what came back."""
-        try:
-            # No more questions than that: each takes the lock of a future that is not ours.
-            failure = self.job.exception()
-            return failure, None if failure is not None else self.job.result()
-        except (asyncio.CancelledError, concurrent.futures.CancelledError):
-            return asyncio.CancelledError(), None
-
     def outcomes(self, outcomes: list[Any]) -> Iterator[tuple[int, Any]]:
         """Status and outcome of each call, of what came back."""
         for place, outcome in enumerate(outcomes):
@@ -374,7 +373,7 @@ class _Chunk(_travel.Bundle):
     def take(self) -> tuple[list[Any], BaseException | None]:
         """The values of a done one, and the failure that came after them."""
         try:
-            failure, came_back = self.look()
+            failure, came_back = _look(self.job)
             if failure is not None:
                 return [], failure
             are_values, outcomes = came_back
@@ -439,7 +438,7 @@ class _Followed(_Chunk):
     def arrive(self, job: _Job) -> None:
         """The job is done: gives the calls their outcomes, unless they have them."""
         calls = self.calls
-        failure, came_back = self.look()
+        failure, came_back = _look(self.job)
         if failure is not None:
             cancelled = job.cancelled()
             for call in calls:
