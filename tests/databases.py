@@ -69,6 +69,46 @@ def databases() -> Iterator[Databases]:
         yield Databases(postgres, redis)
 
 
+@contextlib.contextmanager
+def server(
+    command: list[str],
+    stop: signal.Signals,
+    is_ready: Callable[[], bool],
+    log: Path,
+    **options: Any,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Any server, from when it is ready to the end of the block, which the signal `stop` asks for.
+
+    In a session of its own: Ctrl-C at the terminal is for us, and we tell it when to end.
+
+    :raises RuntimeError: it did not start: its log is in the message.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+    try:
+        until = time.monotonic() + PATIENCE
+        while not is_ready():
+            if process.poll() is not None or time.monotonic() > until:
+                said = log.read_text(errors="replace")
+                raise RuntimeError(f"{command} did not start:\n{said}")
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.send_signal(stop)
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def free_port() -> int:
     """A port of the loopback that nobody listened at a moment ago."""
     with socket.socket() as probe:
@@ -109,7 +149,7 @@ def _redis(folder: Path) -> Iterator[str]:
             return False
 
     nothing_saved = ["--save", "", "--appendonly", "no"]
-    with _server([*command, *nothing_saved], signal.SIGTERM, is_ready, folder / "redis.log"):
+    with server([*command, *nothing_saved], signal.SIGTERM, is_ready, folder / "redis.log"):
         yield f"redis://127.0.0.1:{port}/0"
 
 
@@ -148,43 +188,8 @@ def _postgres(folder: Path) -> Iterator[str]:
         return subprocess.run(asked, start_new_session=True).returncode == 0
 
     # SIGINT is its fast shutdown, which waits for no client.
-    with _server(command, signal.SIGINT, is_ready, folder / "postgres.log", **who):
+    with server(command, signal.SIGINT, is_ready, folder / "postgres.log", **who):
         yield f"postgresql://unsync@127.0.0.1:{port}/postgres"
-
-
-@contextlib.contextmanager
-def _server(
-    command: list[str],
-    stop: signal.Signals,
-    is_ready: Callable[[], bool],
-    log: Path,
-    **options: Any,
-) -> Iterator[None]:
-    """In a session of its own: Ctrl-C at the terminal is for us, and we tell it when to end."""
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            **options,
-        )
-    try:
-        until = time.monotonic() + PATIENCE
-        while not is_ready():
-            if server.poll() is not None or time.monotonic() > until:
-                said = log.read_text(errors="replace")
-                raise RuntimeError(f"{command[0]} did not start:\n{said}")
-            time.sleep(0.01)
-        yield
-    finally:
-        server.send_signal(stop)
-        try:
-            server.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 def _postgres_folder() -> Path | None:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import islice
@@ -24,6 +24,8 @@ from typing import IO, Any
 import redis
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from service.family import memory
 
 READ_AHEAD = 4  # batches that are read and wait
 IN_FLIGHT = 8  # batches on their way from there to the database
@@ -311,7 +313,7 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(0.05):
-            self.seen.append((time.monotonic(), sum(map(_share, _tree(self.pid)))))
+            self.seen.append((time.monotonic(), memory(self.pid)))
 
     def stop(self) -> None:
         self._over.set()
@@ -319,22 +321,3 @@ class Memory(threading.Thread):
 
     def between(self, start: float, end: float) -> list[int]:
         return [size for at, size in self.seen if start <= at <= end]
-
-
-def _tree(pid: int) -> Iterator[int]:
-    yield pid
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            below = path.read_text().split()
-        except OSError:
-            continue  # it has ended meanwhile
-        for each in below:
-            yield from _tree(int(each))
-
-
-def _share(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

@@ -22,8 +22,10 @@ from typing import Any
 
 import databases
 
+from service.family import family, memory
+
 HERE = Path(__file__).parent
-PATIENCE = 30.0  # seconds for a server to start or to end
+PATIENCE = 30.0  # seconds for an answer
 GRACE = 10.0  # what wrk may take beyond the time it loads for
 TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
@@ -52,53 +54,21 @@ class Service:
 
     Attributes:
         url: where it listens.
-        log: the file with all it said.
     """
 
     url: str
     process: subprocess.Popen[bytes]
-    log: Path
-
-    def family(self) -> list[int]:
-        """The ids of its processes."""
-        children: dict[int, list[int]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                parent = int(_after_name(path)[1])
-                children.setdefault(parent, []).append(int(path.parent.name))
-        found = [self.process.pid]
-        for each in found:
-            found += children.get(each, [])
-        return found
 
     def cpu_seconds(self) -> float:
         ticks = 0
-        for each in self.family():
-            fields = _after_name(Path(f"/proc/{each}/stat"))
+        for each in family(self.process.pid):
+            # From the third field on: the name before them may have spaces in it.
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])  # in user mode, and in the kernel
         return ticks / TICK
 
-    def memory(self) -> int:
-        """Bytes in memory; what several processes share counts once."""
-        total = 0
-        for each in self.family():
-            for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-        return total
-
     def ask(self, path: str) -> tuple[int, bytes]:
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=PATIENCE) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read()
-
-
-def _after_name(path: Path) -> list[str]:
-    """The fields of /proc/PID/stat from the third on: the name may have spaces in it."""
-    return path.read_text().rpartition(")")[2].split()
+        return _ask(self.url + path)
 
 
 @contextlib.contextmanager
@@ -107,44 +77,37 @@ def served(
 ) -> Iterator[Service]:
     """The command's server, from when it listens on; it ends with the block.
 
-    :raises RuntimeError: it did not start, or did not end well: what it said is in the message.
+    :raises RuntimeError: it did not start: what it said is in the message.
     """
     on_core = [] if core is None else ["taskset", "--cpu-list", str(core)]
     environ = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    with log.open("wb") as output:
-        # In a session of its own: Ctrl-C at the terminal is for us, who tell it when to end.
-        process = subprocess.Popen(
-            [*on_core, *command],
-            cwd=HERE / "applications",
-            env={**environ, "PYTHONPATH": str(HERE.parent), **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    service = Service(f"http://127.0.0.1:{port}", process, log)
-    try:
-        until = time.monotonic() + PATIENCE
-        while not _listens(service):
-            if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"{command} did not start:\n{log.read_text(errors='replace')}")
-            time.sleep(0.02)
-        yield service
-    finally:
-        process.terminate()
-        try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    url = f"http://127.0.0.1:{port}"
+    with databases.server(
+        [*on_core, *command],
+        signal.SIGTERM,
+        lambda: _listens(url),
+        log,
+        cwd=HERE / "applications",
+        env={**environ, "PYTHONPATH": str(HERE.parent), **variables},
+    ) as process:
+        yield Service(url, process)
 
 
-def _listens(service: Service) -> bool:
+def _listens(url: str) -> bool:
     try:
-        service.ask("/")
+        _ask(url)
     except OSError:
         return False
     return True
+
+
+def _ask(url: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
 
 
 @contextlib.contextmanager
@@ -197,6 +160,6 @@ def measure(
         "median": found["median"] / 1e3,
         "p99": found["p99"] / 1e3,
         "cpu": cpu / requests * 1e6,
-        "memory": service.memory() / 1e6,
+        "memory": memory(service.process.pid) / 1e6,
         "errors": found["errors"],
     }
