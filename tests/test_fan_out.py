@@ -332,6 +332,32 @@ def test_an_executor_may_pickle_chunks_itself() -> None:
     assert list(unsync.map(marked, [(1,), (2,)])) == [(1,), (2,)]
 
 
+class Number(int):
+    """Not plain: it may have anything in it."""
+
+
+def odd(x: int, y: int = 0) -> object:
+    if x % 5 == 1:
+        raise StopIteration(x)
+    return [1.5 * x, "", [x], Number(x), None][x % 5]
+
+
+@pytest.mark.usefixtures("pool")
+@pytest.mark.parametrize("several", [False, True])
+def test_plain_results_others_and_failures_take_turns(several: bool) -> None:
+    iterables = (range(12), [0] * 12) if several else (range(12),)
+    calls = unsync.calls(unsync(odd, cpu_bound=True), *iterables, chunksize=12)
+    for x, call in enumerate(calls):
+        if x % 5 == 1:
+            failure = call.exception(PATIENCE)
+            assert type(failure) is StopIteration
+            assert failure.args == (x,)
+        else:
+            result = call.result(PATIENCE)
+            assert result == odd(x)
+            assert type(result) is type(odd(x))
+
+
 @pytest.mark.usefixtures("pool")
 def test_what_a_call_does_to_its_argument_no_other_sees() -> None:
     assert list(unsync.map(push, [[0]] * 3, chunksize=3)) == [[0, 1]] * 3

@@ -28,6 +28,8 @@ needs_compiled = pytest.mark.skipif(not HAS_COMPILED, reason="no compiled core w
 CLASSES = ["JobQueue", "Launcher", "Mailbox", "Route", "Unfuture"]
 FUNCTIONS = [
     "after_fork",
+    "are_all_of",
+    "call_each",
     "calls_elsewhere",
     "finish_calls",
     "in_home_thread",

@@ -21,6 +21,8 @@ __all__ = [
     "Route",
     "Unfuture",
     "after_fork",
+    "are_all_of",
+    "call_each",
     "calls_elsewhere",
     "finish_calls",
     "in_home_thread",
@@ -64,6 +66,8 @@ Mailbox = _core.Mailbox
 Route = _core.Route
 Unfuture = _core.Unfuture
 after_fork = _core.after_fork
+are_all_of = _core.are_all_of
+call_each = _core.call_each
 calls_elsewhere = _core.calls_elsewhere
 finish_calls = _core.finish_calls
 in_home_thread = _core.in_home_thread

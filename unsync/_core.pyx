@@ -2287,6 +2287,36 @@ def finish_calls(list calls, list results):
             unfuture.complete(FINISHED, result, ANY)
 
 
+def are_all_of(values, frozenset types):
+    """Whether each of them is of one of these types, and of no subtype."""
+    # Most are of the same type as the one before.
+    cdef PyObject *known = NULL
+    for value in values:
+        kind = type(value)
+        if <PyObject *>kind is not known:
+            if kind not in types:
+                return False
+            known = <PyObject *>kind
+    return True
+
+
+def call_each(function, arguments, bint star, frozenset types, list results):
+    """Adds what it gives for each of them; the first that `are_all_of` refuses is the last one.
+
+    :param star: whether they are tuples of arguments, not the only argument.
+    :raises BaseException: what the function raises. The iterator goes on from there.
+    """
+    cdef PyObject *known = NULL
+    for argument in arguments:
+        result = function(*argument) if star else function(argument)
+        results.append(result)
+        kind = type(result)
+        if <PyObject *>kind is not known:
+            if kind not in types:
+                return
+            known = <PyObject *>kind
+
+
 @cython.final
 cdef class JobQueue(_Line):
     """The work of a pool's threads: jobs in the order they came, and the workers that are idle.

@@ -18,7 +18,7 @@ import sys
 import threading
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
@@ -94,6 +94,8 @@ __all__ = [
     "Route",
     "Unfuture",
     "after_fork",
+    "are_all_of",
+    "call_each",
     "calls_elsewhere",
     "finish_calls",
     "in_home_thread",
@@ -1727,6 +1729,30 @@ def finish_calls(calls: list[Unfuture[Any]], results: list[Any]) -> None:
     """Gives each its result, unless it is done; those that there is no result for stay."""
     for unfuture, result in zip(calls, results, strict=False):
         unfuture._complete(FINISHED, result)
+
+
+def are_all_of(values: Iterable[object], types: frozenset[type]) -> bool:
+    """Whether each of them is of one of these types, and of no subtype."""
+    return types.issuperset(map(type, values))
+
+
+def call_each(
+    function: Callable[..., object],
+    arguments: Iterator[Any],
+    star: bool,
+    types: frozenset[type],
+    results: list[Any],
+) -> None:
+    """Adds what it gives for each of them; the first that `are_all_of` refuses is the last one.
+
+    :param star: whether they are tuples of arguments, not the only argument.
+    :raises BaseException: what the function raises. The iterator goes on from there.
+    """
+    for argument in arguments:
+        result = function(*argument) if star else function(argument)
+        results.append(result)
+        if type(result) not in types:
+            return
 
 
 @final

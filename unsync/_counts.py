@@ -20,9 +20,18 @@ class Counter:
         self._lock = threading.RLock()
         self._started = self._finished = self._failed = self._cancelled = 0
 
-    def count(self, future: concurrent.futures.Future[Any]) -> None:
+    def start(self) -> None:
         with self._lock:
             self._started += 1
+
+    def end(self, *, failed: bool, cancelled: bool) -> None:
+        with self._lock:
+            self._cancelled += cancelled
+            self._failed += failed
+            self._finished += not (cancelled or failed)
+
+    def count(self, future: concurrent.futures.Future[Any]) -> None:
+        self.start()
         future.add_done_callback(self._ended)
 
     def _ended(self, future: concurrent.futures.Future[Any]) -> None:
@@ -31,10 +40,7 @@ class Counter:
             failed = future.exception() is not None
         except concurrent.futures.CancelledError:
             cancelled = True
-        with self._lock:
-            self._cancelled += cancelled
-            self._failed += failed
-            self._finished += not (cancelled or failed)
+        self.end(failed=failed, cancelled=cancelled)
 
     def work(self) -> WorkCounts:
         with self._lock:

@@ -19,9 +19,12 @@ from contextlib import suppress
 from contextvars import Context
 from functools import cache, partial
 from types import CodeType, FunctionType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unsync._common import name_of
+
+if TYPE_CHECKING:
+    from unsync._counts import Counter
 
 __all__ = [
     "Bundle",
@@ -352,6 +355,9 @@ def _culprit(
 
 class Bundle:
     """A job that packs itself, and its outcome. It is given its executor's own future."""
+
+    # Where it counts its end, as it looks at the outcome anyway; None where that is done for it.
+    counter: Counter | None = None
 
     def __call__(self) -> object:
         """Does it in this process."""

@@ -339,9 +339,11 @@ def submit_to(
         future = executor.submit(_travel.ContextCall(function, copy_context(), kwargs), *args)
     if isinstance(future, Unfuture):
         return future
-    counter.count(future)
     if isinstance(function, _travel.Bundle):
+        counter.start()
+        function.counter = counter
         return cast("Unfuture[Any]", future)  # which takes any future for its job
+    counter.count(future)
     unfuture = Unfuture(future)
     unfuture._name_function(function)
     return unfuture

@@ -13,7 +13,6 @@ import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import suppress
 from contextvars import copy_context
 from itertools import chain, islice
 from types import TracebackType
@@ -25,6 +24,8 @@ from unsync._backend import (
     Launcher,
     Route,
     Unfuture,
+    are_all_of,
+    call_each,
     calls_elsewhere,
     finish_calls,
     when_done,
@@ -49,10 +50,10 @@ _MOST = 1024
 _MOST_GROWN = 256
 
 # Not less than so many calls of a stream are on their way in chunks, so that small ones, too, are
-# launched several at a time.
-_READ_AHEAD = 1024
+# launched several at a time: each time wakes the threads of the executor.
+_READ_AHEAD = 4096
 
-_PLAIN = frozenset(_travel._PLAIN)
+_PLAIN: frozenset[type] = frozenset(_travel._PLAIN)
 
 # The job of a chunk that has served.
 _SERVED: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -86,6 +87,7 @@ class Target:
         # Whether an item is one argument, not a tuple of them: tuples cost time.
         self.bare = False
         self._references: dict[bool, Any] = {}
+        self._packed: dict[bool, bytes | None] = {}
 
     def read(self, iterables: tuple[Iterable[Any], ...]) -> Iterator[Any]:
         """The items: what the iterables have for each call."""
@@ -100,9 +102,8 @@ class Target:
 
     def are_plain(self, items: list[Any]) -> bool:
         """Whether no argument can change, or be something that does not pickle."""
-        if self.args and not _PLAIN.issuperset(map(type, self.args)):
-            return False
-        return _PLAIN.issuperset(map(type, items if self.bare else chain.from_iterable(items)))
+        values = items if self.bare else chain.from_iterable(items)
+        return are_all_of(self.args, _PLAIN) and are_all_of(values, _PLAIN)
 
     def reference(self, has_our_main: bool) -> Any:
         """What `_travel.reference_to` gives, made once.
@@ -112,6 +113,17 @@ class Target:
         if has_our_main not in self._references:
             self._references[has_our_main] = _travel.reference_to(self.below, has_our_main)
         return self._references[has_our_main]
+
+    def packed(self, has_our_main: bool) -> bytes | None:
+        """A function that travels by reference, as `_found` takes it, made once.
+
+        :raises pickle.PicklingError: as `reference()`.
+        """
+        if has_our_main not in self._packed:
+            function = self.reference(has_our_main)
+            is_reference = isinstance(function, _travel.Reference)
+            self._packed[has_our_main] = _travel._dumps(function) if is_reference else None
+        return self._packed[has_our_main]
 
 
 def make_calls(
@@ -128,8 +140,8 @@ def make_calls(
     chunks: list[_Followed] = []
     try:
         for start in range(0, len(items), chunksize):
-            chunk = _Followed(target, items[start : start + chunksize], target.route)
-            chunk.launch()
+            chunk = _Followed(target, items[start : start + chunksize])
+            chunk.launch(target.route)
             chunks.append(chunk)
         # While the first are at work already.
         calls: list[Unfuture[Any]] = []
@@ -240,70 +252,64 @@ def _look(job: _Job) -> tuple[BaseException | None, Any]:
         return asyncio.CancelledError(), None
 
 
-class _Single:
-    """A call that goes alone, as a stream sees it."""
-
-    size = 1
-
-    def __init__(self, job: Unfuture[Any]) -> None:
-        self.job = job
-
-    def drop(self) -> None:
-        _drop(self.job)
-
-    def take(self) -> tuple[list[Any], BaseException | None]:
-        """The values of a done one, and the failure that came after them."""
-        failure, result = _look(self.job)
-        return ([result], None) if failure is None else ([], failure)
-
-
 class _Chunk(_travel.Bundle):
     """Some calls as one job: called where its executor runs it, in this process or another.
 
-    A job that is not ours keeps its callbacks, and with them perhaps this: so it is let go of when
-    it has served.
+    A job that is not ours keeps its callbacks, and with them this: so it is let go of when it has
+    served.
     """
 
     job: _Job
 
-    def __init__(self, target: Target, items: list[Any], route: Route) -> None:
+    def __init__(self, target: Target, items: list[Any]) -> None:
         self.target = target
-        self.function = target.below
-        self.kwargs = target.kwargs
         self.items = items
         self.size = len(items)
-        self.route = route
         # The name of its job, also in errors.
-        self.__qualname__ = self.name = target.name
+        self.__qualname__ = target.name
         # Why calls could not travel, by their places.
         self.unsent: dict[int, Exception] = {}
         self.dropped = False
 
-    def launch(self) -> None:
+    def launch(self, route: Route) -> None:
         try:
-            launcher: Any = Launcher(self, self.route, BIND_NOTHING)
+            launcher: Any = Launcher(self, route, BIND_NOTHING)
             self.job = cast("Callable[[], _Job]", launcher)()
         except Exception as exc:
             # It cannot travel, or the executor takes no work.
             self.job = Unfuture()
             self.job.set_exception(exc)
 
+    def follow(self) -> None:
+        """Has `arrive` called by the thread that finishes the job; at once if it is done."""
+        _when_done(self.job, self.end)
+
+    def end(self, job: _Job) -> None:
+        failure, came_back = _look(job)
+        cancelled = failure is not None and job.cancelled()
+        if self.counter is not None:
+            self.counter.end(failed=failure is not None and not cancelled, cancelled=cancelled)
+        self.arrive(came_back, failure, cancelled)
+
+    def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
+        """The job has ended: with what came back, or failed."""
+        raise NotImplementedError
+
     def drop(self) -> None:
         self.dropped = True
         _drop(self.job)
-        self.job = _SERVED
 
     # Here.
 
     def __call__(self) -> tuple[bool, list[Any]] | None:
-        """In a thread: makes the calls; as `_make_all`, but nothing need be pickled."""
+        """In a thread: makes the calls; as `_make_each`, but nothing need be pickled."""
         arguments = self.target.arguments(self.items)
         return False, [self.make(args) for args in arguments if not self.dropped]
 
     def make(self, args: tuple[Any, ...]) -> tuple[int, Any]:
         try:
             return _common.FINISHED, copy_context().run(
-                functools.partial(self.function, *args, **self.kwargs)
+                functools.partial(self.target.below, *args, **self.target.kwargs)
             )
         except BaseException as exc:
             return _common.FAILED, exc
@@ -318,18 +324,14 @@ class _Chunk(_travel.Bundle):
         Of arguments that cannot change that is true anyway.
         """
         target = self.target
+        packed = target.packed(has_our_main)
+        if packed is not None and not target.kwargs and target.are_plain(self.items):
+            arguments = self.items if target.bare else target.arguments(self.items)
+            return _make_each, target.name, packed, target.bare, arguments
         function = target.reference(has_our_main)
-        if (
-            isinstance(function, _travel.Reference)
-            and not self.kwargs
-            and target.are_plain(self.items)
-        ):
-            if target.bare:
-                return _make_each, self.name, function, self.items
-            return _make_all, self.name, function, target.arguments(self.items)
         arguments = target.arguments(self.items)
         parcels = [self.pack(function, has_our_main, *each) for each in enumerate(arguments)]
-        return _make_all, self.name, None, parcels
+        return _make_all, target.name, parcels
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For an executor that pickles its jobs itself."""
@@ -338,8 +340,9 @@ class _Chunk(_travel.Bundle):
     def pack(
         self, function: Any, has_our_main: bool, place: int, args: tuple[Any, ...]
     ) -> bytes | None:
+        target = self.target
         try:
-            return _travel.pack(self.function, function, args, self.kwargs, has_our_main)[1]
+            return _travel.pack(target.below, function, args, target.kwargs, has_our_main)[1]
         except Exception as exc:
             self.unsent[place] = exc
             return None
@@ -365,28 +368,11 @@ class _Chunk(_travel.Bundle):
             return status, pickle.loads(pickled)
         except Exception as exc:
             error = pickle.UnpicklingError(
-                f"the result of {self.name} cannot be unpickled in process {os.getpid()}: {exc}"
+                f"the result of {self.target.name} cannot be unpickled in process {os.getpid()}: "
+                f"{exc}"
             )
             error.__cause__ = exc
             return _common.FAILED, error
-
-    def take(self) -> tuple[list[Any], BaseException | None]:
-        """The values of a done one, and the failure that came after them."""
-        try:
-            failure, came_back = _look(self.job)
-            if failure is not None:
-                return [], failure
-            are_values, outcomes = came_back
-            if are_values and not self.unsent:
-                return outcomes, None
-            values: list[Any] = []
-            for status, outcome in self.outcomes(outcomes):
-                if status == _common.FAILED:
-                    return values, outcome
-                values.append(outcome)
-            return values, None
-        finally:
-            self.job = _SERVED
 
 
 @final
@@ -398,35 +384,34 @@ class _Followed(_Chunk):
         self.lock = threading.Lock()  # guards what follows
         self.calls: list[Unfuture[Any]] = []
 
-    def follow(self) -> list[Unfuture[Any]]:
+    def made_calls(self) -> list[Unfuture[Any]]:
         """The Unfutures of the calls, made by the first who asks."""
         with self.lock:
             if not self.calls:
-                self.calls = calls_elsewhere(self.name, self.size)
+                self.calls = calls_elsewhere(self.target.name, self.size)
                 self.watched = iter(self.calls)
             return self.calls
 
     def attend(self) -> list[Unfuture[Any]]:
         """Has the calls done when the job is, and the job cancelled when they are."""
-        calls = self.follow()
-        _when_done(self.job, self.arrive)
+        calls = self.made_calls()
+        self.follow()
         self.watch(None)
         return calls
 
     def watch(self, _: object) -> None:
         """Cancels the job when all calls are cancelled: waits for one after the other."""
-        job = self.job
-        if job.done():
-            return
+        if not self.calls:
+            return  # the job is done
         for call in self.watched:
             if not call.cancelled():
                 if not call.done():
                     when_done(call, self.watch)
                 return
-        job.cancel()
+        self.job.cancel()
 
     def __call__(self) -> None:
-        calls = self.follow()
+        calls = self.made_calls()
         for call, args in zip(calls, self.target.arguments(self.items), strict=True):
             try:
                 if not call.set_running_or_notify_cancel():
@@ -435,12 +420,10 @@ class _Followed(_Chunk):
                 continue  # somebody has set its outcome
             call._complete(*self.make(args))
 
-    def arrive(self, job: _Job) -> None:
-        """The job is done: gives the calls their outcomes, unless they have them."""
-        calls = self.calls
-        failure, came_back = _look(self.job)
+    def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
+        """Gives the calls their outcomes, unless they have them."""
+        calls, self.calls, self.items, self.job = self.calls, [], [], _SERVED
         if failure is not None:
-            cancelled = job.cancelled()
             for call in calls:
                 if cancelled:
                     call.cancel()
@@ -454,9 +437,8 @@ class _Followed(_Chunk):
                 for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
                     call._complete(*outcome)
             for call in calls[len(outcomes) :]:
-                error = RuntimeError(f"no outcome of {self.name} came back")
+                error = RuntimeError(f"no outcome of {self.target.name} came back")
                 call._complete(_common.FAILED, error)
-        self.calls, self.items, self.job = [], [], _SERVED
 
 
 class _Pickled(bytes):
@@ -469,54 +451,56 @@ class _Pickled(bytes):
 # if it is plain, else status and pickled outcome.
 
 
-def _make_all(name: str, function: Any, parcels: list[Any]) -> tuple[bool, list[Any]]:
-    """:param parcels: of each call the arguments, or what `_travel.run` takes; None for no call."""
-    function = _found(function)
+def _make_each(
+    name: str, packed: bytes, bare: bool, arguments: list[Any]
+) -> tuple[bool, list[Any]]:
+    """Where the arguments of all calls are plain, and the function travels by reference."""
+    function = _found(packed)
     outcomes: list[Any] = []
     plain = True
-    left = iter(parcels)
-    while len(outcomes) < len(parcels):
+    left = iter(arguments)
+    while len(outcomes) < len(arguments):
         try:
-            for parcel in left:
-                if type(parcel) is tuple:
-                    result = function(*parcel)
-                else:
-                    result = None if parcel is None else _travel.run(name, parcel)
-                if type(result) not in _PLAIN:
-                    plain = False
-                    result = _pack(name, result)
-                outcomes.append(result)
+            call_each(function, left, not bare, _PLAIN, outcomes)
+            if type(outcomes[-1]) not in _PLAIN:
+                plain = False
+                outcomes.append(_pack(name, outcomes.pop()))
         except BaseException as exc:  # noqa: PERF203  # entered once for each failure
             plain = False
             outcomes.append(_pack_failure(name, exc))
     return plain, outcomes
 
 
-def _make_each(name: str, function: Any, arguments: list[Any]) -> tuple[bool, list[Any]]:
-    """The same where each call has one plain argument; on its own, since it is so much faster."""
-    function = _found(function)
+def _make_all(name: str, parcels: list[bytes | None]) -> tuple[bool, list[Any]]:
+    """:param parcels: of each call what `_travel.run` takes; None for no call."""
     outcomes: list[Any] = []
     plain = True
-    left = iter(arguments)
-    while len(outcomes) < len(arguments):
+    for parcel in parcels:
         try:
-            for argument in left:
-                result = function(argument)
-                if type(result) not in _PLAIN:
-                    plain = False
-                    result = _pack(name, result)
-                outcomes.append(result)
-        except BaseException as exc:  # noqa: PERF203
+            result = None if parcel is None else _travel.run(name, parcel)
+            if type(result) not in _PLAIN:
+                plain = False
+                result = _pack(name, result)
+        except BaseException as exc:
             plain = False
-            outcomes.append(_pack_failure(name, exc))
+            result = _pack_failure(name, exc)
+        outcomes.append(result)
     return plain, outcomes
 
 
-def _found(function: Any) -> Any:
-    if isinstance(function, _travel.Reference):
-        with suppress(Exception):  # else each call says why
-            return function._find()
-    return function
+def _found(packed: bytes) -> Any:
+    reference = _unpacked(packed)
+    try:
+        return reference._find()
+    except Exception:
+        return reference  # each call says why
+
+
+@functools.lru_cache
+def _unpacked(reference: bytes) -> Any:
+    import pickle
+
+    return pickle.loads(reference)
 
 
 def _pack(name: str, result: object) -> tuple[int, _Pickled]:
@@ -539,7 +523,72 @@ def _pack_failure(name: str, failure: BaseException) -> tuple[int, _Pickled]:
     return _common.FAILED, _Pickled(_travel._dumps(told))
 
 
-_Part = _Chunk | _Single
+class _Single:
+    """A call that goes alone, as a stream sees it."""
+
+    size = 1
+
+    def __init__(self, outlet: _Outlet[Any], args: tuple[Any, ...]) -> None:
+        self.outlet = outlet
+        self.job = _call(outlet.target.function, args)
+
+    def follow(self) -> None:
+        """Has the outlet told when it is done."""
+        when_done(self.job, self.end)
+
+    def end(self, _: object) -> None:
+        self.outlet.arrive(self)
+
+    def is_done(self) -> bool:
+        return self.job.done()
+
+    def drop(self) -> None:
+        _drop(self.job)
+
+    def take(self) -> tuple[list[Any], BaseException | None]:
+        """The values of a done one, and the failure that came after them."""
+        failure, result = _look(self.job)
+        return ([result], None) if failure is None else ([], failure)
+
+
+@final
+class _Streamed(_Chunk):
+    """One whose values go into a stream."""
+
+    # What came of it: set once, by the thread that finishes its job, before the outlet hears of it.
+    came: tuple[Any, BaseException | None] | None = None
+
+    def __init__(self, outlet: _Outlet[Any], items: list[Any], route: Route) -> None:
+        super().__init__(outlet.target, items)
+        self.outlet = outlet
+        self.launch(route)
+
+    def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
+        self.came = came_back, failure
+        self.job = _SERVED
+        self.outlet.arrive(self)
+
+    def is_done(self) -> bool:
+        return self.came is not None
+
+    def take(self) -> tuple[list[Any], BaseException | None]:
+        """The values of a done one, and the failure that came after them."""
+        assert self.came is not None
+        came_back, failure = self.came
+        if failure is not None:
+            return [], failure
+        are_values, outcomes = came_back
+        if are_values and not self.unsent:
+            return outcomes, None
+        values: list[Any] = []
+        for status, outcome in self.outcomes(outcomes):
+            if status == _common.FAILED:
+                return values, outcome
+            values.append(outcome)
+        return values, None
+
+
+_Part = _Streamed | _Single
 
 
 class _Outlet(_Channel[T]):
@@ -550,6 +599,9 @@ class _Outlet(_Channel[T]):
     :param first: how many calls are in the first chunk; the next has twice as many.
     :param most: how many there are in a chunk at most.
     """
+
+    # In order they are asked: most are done long before it is their turn.
+    follows_singles = False
 
     def __init__(
         self,
@@ -582,13 +634,21 @@ class _Outlet(_Channel[T]):
         """Under the lock: takes the next one out of the parts that is done."""
         raise NotImplementedError
 
-    def watch(self, part: _Part) -> None:
-        """Under the lock: it was launched, and added to the parts."""
+    def note(self, part: _Part) -> bool:
+        """Under the lock: it is done; whether it is what a consumer would wait for."""
+        raise NotImplementedError
+
+    def is_hungry(self) -> bool:
+        """Under the lock: whether there is not enough on its way, and room for more."""
+        if self.source is None or self.feeding:
+            return False
+        ahead = self.ahead + len(self.taken)
+        return ahead <= self.enough and ahead + self.size <= self.read_ahead
 
     def feed(self) -> None:
         """Makes as many calls as there is room for, if there is not enough on its way."""
         with self.lock:
-            if self.feeding or self.source is None or self.ahead > self.enough:
+            if not self.is_hungry():
                 return
             self.feeding = True
         try:
@@ -604,7 +664,7 @@ class _Outlet(_Channel[T]):
         finally:
             with self.lock:
                 self.feeding = False
-            self.tell(None)
+            self.tell()
 
     def feed_chunk(self) -> bool:
         """Whether it makes sense to go on."""
@@ -626,21 +686,25 @@ class _Outlet(_Channel[T]):
         return False
 
     def launch(self, items: list[Any]) -> None:
-        part: _Part
-        if self.target.route is None:
-            part = _Single(_call(self.target.function, items[0]))
-        else:
-            part = _Chunk(self.target, items, self.target.route)
-            part.launch()
+        route = self.target.route
+        part = _Single(self, items[0]) if route is None else _Streamed(self, items, route)
         with self.lock:
-            if self.source is not None:
+            wanted = self.source is not None
+            if wanted:
                 self.parts[part] = None
                 self.ahead += part.size
-                self.watch(part)
-                return
-        part.drop()  # the stream was left meanwhile
+        if not wanted:
+            part.drop()  # the stream was left meanwhile
+        if self.follows_singles or route is not None:
+            part.follow()
 
-    def tell(self, _: object) -> None:
+    def arrive(self, part: _Part) -> None:
+        """It is done, says the thread that finished it."""
+        with self.lock:
+            if self.note(part) and self.waiters:
+                self.tell()
+
+    def tell(self) -> None:
         """Has all consumers that wait look again."""
         with self.lock:
             waiters, self.waiters = self.waiters, deque()
@@ -650,15 +714,17 @@ class _Outlet(_Channel[T]):
     def refill(self) -> Unfuture[None] | bool:
         if os.getpid() != self.pid:
             raise _common.orphan_error()
-        self.feed()
-        dropped: list[_Part] = []
-        try:
-            with self.lock:
-                dropped = self.collect()
-                return super().refill()
-        finally:
-            for part in dropped:
-                part.drop()
+        while True:
+            dropped: list[_Part] = []
+            try:
+                with self.lock:
+                    dropped = self.collect()
+                    if not self.is_hungry():
+                        return bool(self.taken) or self.wait()
+            finally:
+                for part in dropped:
+                    part.drop()
+            self.feed()
 
     def collect(self) -> list[_Part]:
         """Under the lock: takes what is done; gives what is dropped for a failure."""
@@ -700,40 +766,45 @@ class _InOrder(_Outlet[T]):
 
     def next_done(self) -> _Part | None:
         first = self.first()
-        if first is None or not first.job.done():
+        if first is None or not first.is_done():
             return None
         del self.parts[first]
         return first
+
+    def note(self, part: _Part) -> bool:
+        return part is self.first()
 
     def refill(self) -> Unfuture[None] | bool:
         found = super().refill()
         if isinstance(found, Unfuture):
             with self.lock:
                 first = self.first()
-            if first is not None:
-                _when_done(first.job, self.tell)
+            if isinstance(first, _Single):
+                first.follow()
         return found
 
 
 @final
 class _AsCompleted(_Outlet[T]):
+    follows_singles = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.completed: deque[_Part] = deque()
 
-    def watch(self, part: _Part) -> None:
-        _when_done(part.job, functools.partial(self.complete, part))
-
-    def complete(self, part: _Part, _: object) -> None:
-        with self.lock:
+    def note(self, part: _Part) -> bool:
+        is_wanted = part in self.parts
+        if is_wanted:
             self.completed.append(part)
-            if self.waiters:
-                self.tell(None)
+        return is_wanted
 
     def next_done(self) -> _Part | None:
-        while self.completed:
-            part = self.completed.popleft()
-            if part in self.parts:
-                del self.parts[part]
-                return part
-        return None
+        if not self.completed:
+            return None
+        part = self.completed.popleft()
+        del self.parts[part]
+        return part
+
+    def forget(self) -> list[_Part]:
+        self.completed.clear()
+        return super().forget()

@@ -124,20 +124,24 @@ class _Channel(Generic[T]):
                 self.taken, self.made = self.made, deque()
                 resume, self.resting = self.resting, False
             if not found:
-                if not self.ended.done():
-                    waiter: Unfuture[None] = Unfuture()
-                    self.waiters.append(waiter)
-                    return waiter
-                # Told once; and the failure's traceback is going to refer to this channel.
-                ended, self.ended = self.ended, Unfuture.from_value(None)
-                try:
-                    ended.result()
-                finally:
-                    del ended
-                return False
+                return self.wait()
         if resume:
             self.resume()
         return True
+
+    def wait(self) -> Unfuture[None] | bool:
+        """Under the lock, when there is nothing to take: what `refill()` gives then."""
+        if not self.ended.done():
+            waiter: Unfuture[None] = Unfuture()
+            self.waiters.append(waiter)
+            return waiter
+        # Told once; and the failure's traceback is going to refer to this channel.
+        ended, self.ended = self.ended, Unfuture.from_value(None)
+        try:
+            ended.result()
+        finally:
+            del ended
+        return False
 
     def wake(self, waiter: Unfuture[None] | None) -> None:
         """Wakes that consumer, or the next one if it has stopped waiting."""

@@ -365,7 +365,7 @@ class _Settings(type):
             chunks that grow from one call to 256.
         :param in_order: whether values come in the order of the arguments, or as calls are done.
         :param read_ahead: how many calls are made, at most, whose values nobody has taken; None
-            for four chunks to each worker, but at least 64, or 1024 in chunks. When half of that
+            for four chunks to each worker, but at least 64, or 4096 in chunks. When half of that
             is left more are made.
         :raises TypeError: as `calls`; if `read_ahead` is no number.
         :raises ValueError: if `chunksize` is less than 1, or `read_ahead` less than `chunksize`.
