@@ -274,7 +274,7 @@ class _Chunk(_travel.Bundle):
     def launch(self, route: Route) -> None:
         try:
             launcher: Any = Launcher(self, route, BIND_NOTHING)
-            self.job = cast("Callable[[], _Job]", launcher)()
+            self.job = launcher()
         except Exception as exc:
             # It cannot travel, or the executor takes no work.
             self.job = Unfuture()
@@ -700,9 +700,12 @@ class _Outlet(_Channel[T]):
 
     def arrive(self, part: _Part) -> None:
         """It is done, says the thread that finished it."""
+        waiters: Iterable[Unfuture[None]] = ()
         with self.lock:
             if self.note(part) and self.waiters:
-                self.tell()
+                waiters, self.waiters = self.waiters, deque()
+        for waiter in waiters:
+            self.wake(waiter)
 
     def tell(self) -> None:
         """Has all consumers that wait look again."""
@@ -715,7 +718,7 @@ class _Outlet(_Channel[T]):
         if os.getpid() != self.pid:
             raise _common.orphan_error()
         while True:
-            dropped: list[_Part] = []
+            dropped: Iterable[_Part] = ()
             try:
                 with self.lock:
                     dropped = self.collect()
@@ -726,7 +729,7 @@ class _Outlet(_Channel[T]):
                     part.drop()
             self.feed()
 
-    def collect(self) -> list[_Part]:
+    def collect(self) -> Iterable[_Part]:
         """Under the lock: takes what is done; gives what is dropped for a failure."""
         while (part := self.next_done()) is not None:
             self.ahead -= part.size
@@ -739,7 +742,7 @@ class _Outlet(_Channel[T]):
         if self.source is None and not self.feeding and not self.parts:
             broken, self.broken = self.broken, None
             self.finish(broken)
-        return []
+        return ()
 
     def forget(self) -> list[_Part]:
         """Under the lock: nobody wants more; gives what was launched for nothing."""
@@ -774,13 +777,10 @@ class _InOrder(_Outlet[T]):
     def note(self, part: _Part) -> bool:
         return part is self.first()
 
-    def refill(self) -> Unfuture[None] | bool:
-        found = super().refill()
-        if isinstance(found, Unfuture):
-            with self.lock:
-                first = self.first()
-            if isinstance(first, _Single):
-                first.follow()
+    def wait(self) -> Unfuture[None] | bool:
+        found = super().wait()
+        if self.target.route is None and (first := self.first()) is not None:
+            first.follow()
         return found
 
 

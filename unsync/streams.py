@@ -332,9 +332,10 @@ class Stream(Generic[T]):
         """The values, as `next()` gives them: another iterator, since a generator is faster."""
         channel = self._channel
         while True:
+            take = channel.taken.popleft
             try:
                 while True:
-                    yield channel.taken.popleft()
+                    yield take()
             except IndexError:
                 pass
             if not self._has_more():
