@@ -277,6 +277,27 @@ def test_a_chunk_counts_as_one_job(threads: concurrent.futures.ThreadPoolExecuto
 # Outcomes.
 
 
+def test_a_chunk_that_an_interrupt_leaves_is_counted_to_its_end(
+    threads: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = threads.submit
+    submitted: list[concurrent.futures.Future[Any]] = []
+
+    def interrupted(*args: Any) -> concurrent.futures.Future[Any]:
+        if submitted:
+            raise KeyboardInterrupt
+        submitted.append(submit(*args))
+        return submitted[0]
+
+    monkeypatch.setattr(threads, "submit", interrupted)
+    before = unsync.stats().executors
+    with pytest.raises(KeyboardInterrupt):
+        unsync.calls(unsync(plain, executor=threads), range(4), chunksize=2)
+    concurrent.futures.wait(submitted, PATIENCE)
+    wait_until(lambda: unsync.stats().executors.pending == before.pending)
+    assert unsync.stats().executors.started == before.started + 1
+
+
 @pytest.mark.usefixtures("pool")
 def test_each_call_of_a_chunk_has_its_own_outcome() -> None:
     given = [1, "raise", threading.Lock(), Broken(), "exit", "unmade", "lambda", "broken", "pid", 2]

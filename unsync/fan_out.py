@@ -381,8 +381,9 @@ class _Followed(_Chunk):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.lock = threading.Lock()  # guards what follows
+        self.lock = threading.Lock()  # guards the calls until they are made
         self.calls: list[Unfuture[Any]] = []
+        self.attended = False
 
     def made_calls(self) -> list[Unfuture[Any]]:
         """The Unfutures of the calls, made by the first who asks."""
@@ -395,6 +396,7 @@ class _Followed(_Chunk):
     def attend(self) -> list[Unfuture[Any]]:
         """Has the calls done when the job is, and the job cancelled when they are."""
         calls = self.made_calls()
+        self.attended = True
         self.follow()
         self.watch(None)
         return calls
@@ -419,6 +421,11 @@ class _Followed(_Chunk):
             except RuntimeError:
                 continue  # somebody has set its outcome
             call._complete(*self.make(args))
+
+    def drop(self) -> None:
+        super().drop()
+        if not self.attended:
+            self.follow()  # to count its end
 
     def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
         """Gives the calls their outcomes, unless they have them."""
