@@ -707,12 +707,10 @@ class _Outlet(_Channel[T]):
 
     def arrive(self, part: _Part) -> None:
         """It is done, says the thread that finished it."""
-        waiters: Iterable[Unfuture[None]] = ()
         with self.lock:
-            if self.note(part) and self.waiters:
-                waiters, self.waiters = self.waiters, deque()
-        for waiter in waiters:
-            self.wake(waiter)
+            is_awaited = self.note(part) and len(self.waiters) > 0
+        if is_awaited:
+            self.tell()
 
     def tell(self) -> None:
         """Has all consumers that wait look again."""
