@@ -14,6 +14,7 @@ import pytest
 from conftest import PATIENCE, ambient_loop_held, wait_until, wait_until_suspended
 
 from unsync import Unfuture, unsync
+from unsync._backend import Counter
 from unsync._stats import Stats, Work
 from unsync.executors import ThreadExecutor
 
@@ -243,3 +244,22 @@ def test_a_child_counts_anew(run_python: Callable[..., Any]) -> None:
         "ignore:This process:DeprecationWarning",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_counter_loses_nothing_when_many_threads_count() -> None:
+    counter = Counter()
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        barrier.wait(PATIENCE)
+        for number in range(4000):
+            counter.start()
+            if number % 4:
+                counter.end(number % 4 == 1, number % 4 == 2)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert counter.work() == (16000, 4000, 4000, 4000, 4000)

@@ -25,7 +25,7 @@ HAS_COMPILED = (
 )
 needs_compiled = pytest.mark.skipif(not HAS_COMPILED, reason="no compiled core was built")
 
-CLASSES = ["JobQueue", "Launcher", "Mailbox", "Route", "Unfuture"]
+CLASSES = ["Counter", "JobQueue", "Launcher", "Mailbox", "Route", "Unfuture"]
 FUNCTIONS = [
     "after_fork",
     "are_all_of",

@@ -15,6 +15,7 @@ __all__ = [
     "BIND_CLASS",
     "BIND_INSTANCE",
     "BIND_NOTHING",
+    "Counter",
     "JobQueue",
     "Launcher",
     "Mailbox",
@@ -60,6 +61,7 @@ else:
 BIND_CLASS = _core.BIND_CLASS
 BIND_INSTANCE = _core.BIND_INSTANCE
 BIND_NOTHING = _core.BIND_NOTHING
+Counter = _core.Counter
 JobQueue = _core.JobQueue
 Launcher = _core.Launcher
 Mailbox = _core.Mailbox

@@ -24,6 +24,7 @@ from asyncio import BaseEventLoop, Task, current_task
 from asyncio import _get_running_loop as running_loop
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
+from concurrent.futures import CancelledError as ConcurrentCancelledError
 from time import monotonic
 from types import GenericAlias, MethodType
 from weakref import ref
@@ -2315,6 +2316,50 @@ def call_each(function, arguments, bint star, frozenset types, list results):
             if kind not in types:
                 return
             known = <PyObject *>kind
+
+
+@cython.final
+cdef class Counter:
+    """How many jobs of executors that are not ours were started, and how they ended."""
+
+    # These belong to the section.
+    cdef long long _started, _finished, _failed, _cancelled
+
+    def start(self):
+        lock(self)
+        self._started += 1
+        unlock(self)
+
+    def end(self, bint failed, bint cancelled):
+        """:param failed: whether with an error; one that is cancelled has not failed."""
+        lock(self)
+        self._cancelled += cancelled
+        self._failed += failed
+        self._finished += not (cancelled or failed)
+        unlock(self)
+
+    def count(self, future):
+        """The job's start, and its end by a callback."""
+        self.start()
+        future.add_done_callback(self._ended)
+
+    def _ended(self, future):
+        try:
+            failed = future.exception() is not None
+        except ConcurrentCancelledError:
+            self.end(False, True)
+        else:
+            self.end(failed, False)
+
+    def work(self):
+        cdef long long started, finished, failed, cancelled
+        lock(self)
+        started = self._started
+        finished = self._finished
+        failed = self._failed
+        cancelled = self._cancelled
+        unlock(self)
+        return started, finished, failed, cancelled, started - finished - failed - cancelled
 
 
 @cython.final

@@ -54,6 +54,7 @@ from unsync._common import (
     QueueCounts,
     TimedOutError,
     Waiters,
+    WorkCounts,
     already_done_error,
     awaited_exception,
     cancelled_error,
@@ -88,6 +89,7 @@ __all__ = [
     "BIND_CLASS",
     "BIND_INSTANCE",
     "BIND_NOTHING",
+    "Counter",
     "JobQueue",
     "Launcher",
     "Mailbox",
@@ -1753,6 +1755,45 @@ def call_each(
         results.append(result)
         if type(result) not in types:
             return
+
+
+@final
+class Counter:
+    """How many jobs of executors that are not ours were started, and how they ended."""
+
+    __slots__ = ("_cancelled", "_failed", "_finished", "_lock", "_started")
+
+    def __init__(self) -> None:
+        # Guards the others. Reentrant: a `__del__` may close a stream, and so cancel jobs.
+        self._lock = threading.RLock()
+        self._started = self._finished = self._failed = self._cancelled = 0
+
+    def start(self) -> None:
+        with self._lock:
+            self._started += 1
+
+    def end(self, failed: bool, cancelled: bool) -> None:
+        """:param failed: whether with an error; one that is cancelled has not failed."""
+        with self._lock:
+            self._cancelled += cancelled
+            self._failed += failed
+            self._finished += not (cancelled or failed)
+
+    def count(self, future: concurrent.futures.Future[Any]) -> None:
+        """The job's start, and its end by a callback."""
+        self.start()
+        future.add_done_callback(self._ended)
+
+    def _ended(self, future: concurrent.futures.Future[Any]) -> None:
+        try:
+            self.end(future.exception() is not None, False)
+        except concurrent.futures.CancelledError:
+            self.end(False, True)
+
+    def work(self) -> WorkCounts:
+        with self._lock:
+            ended = self._finished, self._failed, self._cancelled
+            return (self._started, *ended, self._started - sum(ended))
 
 
 @final

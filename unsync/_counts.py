@@ -1,51 +1,13 @@
-"""What was counted, for `unsync.stats()`: in mailboxes, in job queues, and in other executors."""
+"""What mailboxes and job queues counted, summed up for `unsync.stats()`."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import threading
 from typing import Any
 
 from unsync._backend import JobQueue, Mailbox
-from unsync._common import WorkCounts
 
-__all__ = ["Book", "Counter"]
-
-
-class Counter:
-    """Of what went to executors that are not ours."""
-
-    def __init__(self) -> None:
-        # Guards the others. Reentrant: a `__del__` may close a stream, and so cancel jobs.
-        self._lock = threading.RLock()
-        self._started = self._finished = self._failed = self._cancelled = 0
-
-    def start(self) -> None:
-        with self._lock:
-            self._started += 1
-
-    def end(self, *, failed: bool, cancelled: bool) -> None:
-        with self._lock:
-            self._cancelled += cancelled
-            self._failed += failed
-            self._finished += not (cancelled or failed)
-
-    def count(self, future: concurrent.futures.Future[Any]) -> None:
-        self.start()
-        future.add_done_callback(self._ended)
-
-    def _ended(self, future: concurrent.futures.Future[Any]) -> None:
-        failed = cancelled = False
-        try:
-            failed = future.exception() is not None
-        except concurrent.futures.CancelledError:
-            cancelled = True
-        self.end(failed=failed, cancelled=cancelled)
-
-    def work(self) -> WorkCounts:
-        with self._lock:
-            ended = self._finished, self._failed, self._cancelled
-            return (self._started, *ended, self._started - sum(ended))
+__all__ = ["Book"]
 
 
 class Book:

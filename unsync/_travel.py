@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unsync._common import name_of
 
 if TYPE_CHECKING:
-    from unsync._counts import Counter
+    from unsync._backend import Counter
 
 __all__ = [
     "Bundle",

@@ -14,12 +14,12 @@ from contextlib import suppress
 from contextvars import copy_context
 from functools import lru_cache, partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from unsync import _common, _travel
-from unsync._backend import JobQueue, Unfuture
+from unsync._backend import Counter, JobQueue, Unfuture
 from unsync._common import WorkCounts
-from unsync._counts import Book, Counter
+from unsync._counts import Book
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -319,11 +319,12 @@ def submit_to(
 
     :raises pickle.PicklingError: if `executor` is a process pool and the function cannot go there.
     """
+    bundle = function if isinstance(function, _travel.Bundle) else None
     has_our_main = _leaves_for(executor)
     if has_our_main is not None:
         has_our_main = has_our_main and _travel.main_s_file() is not None
-        if isinstance(function, _travel.Bundle):
-            job: Any = function.parcel(has_our_main)
+        if bundle is not None:
+            job: Any = bundle.parcel(has_our_main)
         else:
             call = _travel.reference_to(function, has_our_main)
             try:
@@ -339,10 +340,10 @@ def submit_to(
         future = executor.submit(_travel.ContextCall(function, copy_context(), kwargs), *args)
     if isinstance(future, Unfuture):
         return future
-    if isinstance(function, _travel.Bundle):
+    if bundle is not None:
         counter.start()
-        function.counter = counter
-        return cast("Unfuture[Any]", future)  # which takes any future for its job
+        bundle.counter = counter
+        return future  # type: ignore[return-value]  # it takes any future for its job
     counter.count(future)
     unfuture = Unfuture(future)
     unfuture._name_function(function)

@@ -288,7 +288,7 @@ class _Chunk(_travel.Bundle):
         failure, came_back = _look(job)
         cancelled = failure is not None and job.cancelled()
         if self.counter is not None:
-            self.counter.end(failed=failure is not None and not cancelled, cancelled=cancelled)
+            self.counter.end(failure is not None and not cancelled, cancelled)
         self.arrive(came_back, failure, cancelled)
 
     def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
