@@ -15,6 +15,7 @@ import pickle
 import signal
 import subprocess
 import threading
+import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 import pytest
 from conftest import PATIENCE, collect, wait_until, wait_until_gone
 
-from unsync import CancelledError, Stream, Unfuture, unsync
+from unsync import CancelledError, Stream, Unfuture, fan_out, unsync
 from unsync.executors import ThreadExecutor
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -732,6 +733,27 @@ def test_a_worker_that_is_killed_is_told_to_each_call_and_made_up_for(
     flags = ("-W", "ignore:This process:DeprecationWarning")
     run = run_python(FORKING.replace("START", repr(start)), *flags)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_failure_of_a_chunk_has_no_frame_of_ours() -> None:
+    class Failing(concurrent.futures.Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            try:
+                self.fail()
+            except ValueError as exc:
+                future.set_exception(exc)
+            return future
+
+        def fail(self) -> None:
+            raise ValueError("no chunk today")
+
+    for call in unsync.calls(unsync(str, executor=Failing()), range(4), chunksize=2):
+        failure = call.exception(PATIENCE)
+        assert failure is not None
+        frames = traceback.extract_tb(failure.__traceback__)
+        assert frames[-1].name == "fail"
+        assert not [each for each in frames if each.filename == fan_out.__file__]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -30,7 +30,7 @@ from unsync._backend import (
     finish_calls,
     when_done,
 )
-from unsync.streams import READ_AHEAD, Stream, _Channel
+from unsync.streams import READ_AHEAD, Stream, _Channel, _without_this_frame
 
 __all__ = ["Target", "make_calls", "stream_calls"]
 
@@ -246,10 +246,15 @@ def _look(job: _Job) -> tuple[BaseException | None, Any]:
     """Of a done one: what it failed with, else its result."""
     try:
         # No more questions than that: each takes the lock of a future that is not ours.
-        failure = job.exception()
-        return failure, None if failure is not None else job.result()
+        return None, job.result()
     except (asyncio.CancelledError, concurrent.futures.CancelledError):
         return asyncio.CancelledError(), None
+    except BaseException as exc:
+        if exc is not job.exception():
+            raise  # an interrupt
+        return _without_this_frame(exc), None
+    finally:
+        del job  # the frame that raised refers to this one
 
 
 class _Chunk(_travel.Bundle):
@@ -657,9 +662,10 @@ class _Outlet(_Channel[T]):
         with self.lock:
             if not self.is_hungry():
                 return
-            self.feeding = True
+            assert self.source is not None
+            self.feeding, source = True, self.source
         try:
-            while self.feed_chunk():
+            while self.feed_chunk(source):
                 pass
         except Exception as exc:
             with self.lock:
@@ -673,26 +679,23 @@ class _Outlet(_Channel[T]):
                 self.feeding = False
             self.tell()
 
-    def feed_chunk(self) -> bool:
+    def feed_chunk(self, source: Iterator[Any]) -> bool:
         """Whether it makes sense to go on."""
-        with self.lock:
-            source, size = self.source, self.size
-            if source is None or self.ahead + len(self.taken) + size > self.read_ahead:
-                return False
+        size = self.size
+        self.size = min(2 * size, self.most)
         items: list[Any] = []
         try:
             items += islice(source, size)  # those that come before a failure count
         finally:
-            if items:
-                self.launch(items)
-        self.size = min(2 * size, self.most)
+            go_on = bool(items) and self.launch(items)
         if len(items) == size:
-            return True
+            return go_on
         with self.lock:
             self.source = None
         return False
 
-    def launch(self, items: list[Any]) -> None:
+    def launch(self, items: list[Any]) -> bool:
+        """Whether there is room for the next chunk, and somebody who wants it."""
         route = self.target.route
         part = _Single(self, items[0]) if route is None else _Streamed(self, items, route)
         with self.lock:
@@ -700,10 +703,12 @@ class _Outlet(_Channel[T]):
             if wanted:
                 self.parts[part] = None
                 self.ahead += part.size
+            has_room = self.ahead + len(self.taken) + self.size <= self.read_ahead
         if not wanted:
             part.drop()  # the stream was left meanwhile
         if self.follows_singles or route is not None:
             part.follow()
+        return wanted and has_room
 
     def arrive(self, part: _Part) -> None:
         """It is done, says the thread that finished it."""
