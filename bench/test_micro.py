@@ -15,6 +15,7 @@ import unsync as package
 from unsync import Unfuture, unsync
 
 COUNT = 1000
+TASKS = 16
 
 
 class Benchmark(Protocol):
@@ -97,3 +98,18 @@ def test_gather_in_the_ambient_loop(
         return sum(await asyncio.gather(*[call() for _ in range(COUNT)]))
 
     assert benchmark(lambda: gather().result()) == COUNT
+
+
+@pytest.mark.parametrize("call", CALLS, ids=ident)
+def test_tasks_that_await_in_turn(benchmark: Benchmark, call: Callable[[], Unfuture[int]]) -> None:
+    """As the requests of a server do: the loop submits a call for each of them in one turn."""
+    benchmark.group = f"{TASKS} tasks of the ambient loop await {COUNT} calls of {ident(call)}"
+
+    async def request() -> int:
+        return sum([await call() for _ in range(COUNT // TASKS)])
+
+    @unsync
+    async def serve() -> int:
+        return sum(await asyncio.gather(*[request() for _ in range(TASKS)]))
+
+    assert benchmark(lambda: serve().result()) == COUNT // TASKS * TASKS

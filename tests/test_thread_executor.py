@@ -324,6 +324,22 @@ def test_jobs_that_come_at_once_run_at_once(started: int) -> None:
             burst(executor, size)
 
 
+def test_jobs_that_a_loop_submits_in_one_turn_run_at_once() -> None:
+    """Though not all of the idle workers are woken by the loop's own thread."""
+
+    async def burst(executor: ThreadExecutor, size: int) -> None:
+        barrier = threading.Barrier(size)
+        jobs = [executor.submit(barrier.wait, PATIENCE) for _ in range(size)]
+        await asyncio.gather(*jobs)
+
+    async def main(executor: ThreadExecutor) -> None:
+        for size in (*range(1, 9), *range(8, 0, -1), *[8] * 50):
+            await burst(executor, size)
+
+    with ThreadExecutor(8) as executor:
+        asyncio.run(main(executor))
+
+
 # Initializers.
 
 

@@ -2400,6 +2400,9 @@ cdef class JobQueue(_Line):
     cdef long long _finished
     cdef long long _failed
     cdef long long _cancelled
+    # A worker was woken for the line and has not looked at it yet: if more is there than it takes
+    # it wakes the next one.
+    cdef bint _rousing
     # The threads that wait for room.
     cdef _Line _door
     cdef object _refuse
@@ -2443,7 +2446,7 @@ cdef class JobQueue(_Line):
         cdef Unfuture unfuture = blank_on_its_way()
         cdef _Keywords keywords
         cdef _Blocked idle = None
-        cdef bint spawn = False, full = False, lone
+        cdef bint spawn = False, full = False, lone, in_loop
         refuse = None
         unfuture._source = function
         if kwargs:
@@ -2455,6 +2458,8 @@ cdef class JobQueue(_Line):
             unfuture._outcome = args
         unfuture._extra = copy_context()
         unfuture._kind = JOB
+        # Asked before the section, and only where it counts.
+        in_loop = WITH_GIL and self._rousing and running_loop() is not None
         while True:
             lock(self)
             refuse = self._refuse
@@ -2464,10 +2469,15 @@ cdef class JobQueue(_Line):
                 self._queued += 1
                 self._submitted += 1
                 if self._workers <= self._limit and self._blocked == 0:
-                    idle = self.next_idle()
-                    if idle is None and self._workers < self._limit:
-                        self._workers += 1
-                        spawn = True
+                    # A loop submits the calls of many tasks in a turn. All workers at once would
+                    # only take the GIL from it, and from one another.
+                    if not (in_loop and self._rousing and self._workers == self._limit):
+                        idle = self.next_idle()
+                        if idle is not None:
+                            self._rousing = WITH_GIL
+                        elif self._workers < self._limit:
+                            self._workers += 1
+                            spawn = True
                 else:
                     idle = self.reinforce(&spawn)
             unlock(self)
@@ -2690,9 +2700,9 @@ cdef class JobQueue(_Line):
         """
         global this_worker
         cdef _Worker worker = _Worker.__new__(_Worker)
-        cdef _Blocked parking = _Blocked.__new__(_Blocked)
+        cdef _Blocked parking = _Blocked.__new__(_Blocked), idle
         cdef Unfuture unfuture, done
-        cdef bint end = False, counted = True, begun = False
+        cdef bint end = False, counted = True, begun = False, roused = False
         worker.queue = self
         try:
             if prepare is not None:
@@ -2705,6 +2715,7 @@ cdef class JobQueue(_Line):
             while True:
                 if worker.waits:
                     worker.end_all_waits()  # of a loop that was left
+                idle = None
                 lock(self)
                 unfuture = None
                 # When those that waited go on, there are too many.
@@ -2715,6 +2726,11 @@ cdef class JobQueue(_Line):
                 ):
                     unfuture = <Unfuture>self.pop()
                     note_idle(self._first is None)
+                if roused:
+                    roused = self._rousing = False
+                    if WITH_GIL and unfuture is not None and self._first is not None:
+                        idle = self.next_idle()
+                        self._rousing = idle is not None
                 if unfuture is not None:
                     self._taken += 1
                     self._queued -= 1
@@ -2735,6 +2751,8 @@ cdef class JobQueue(_Line):
                     self.count_ended(done, begun)
                 unlock(self)
                 done = None
+                if idle is not None:
+                    PyThread_release_lock(idle.lock)
                 self.open_door()
                 if unfuture is not None:
                     begun = True
@@ -2742,6 +2760,7 @@ cdef class JobQueue(_Line):
                 elif end:
                     return
                 else:
+                    roused = True
                     parking.wait(None)
         except BaseException as exc:
             # Nothing of ours raises here: somebody raised it in this thread from outside.
@@ -2753,6 +2772,8 @@ cdef class JobQueue(_Line):
                 unlock(self)
         finally:
             this_worker = NULL
+            if WITH_GIL:
+                self._rousing = False
             if counted:
                 self.end_worker(False)
                 self.relieve()
@@ -2867,6 +2888,7 @@ cdef class JobQueue(_Line):
         self._parked = self._waiting = None
         self._workers = self._idle = self._blocked = self._running = 0
         self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
+        self._rousing = False
         self._door = _Line.__new__(_Line)
 
 
