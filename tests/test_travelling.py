@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -442,10 +443,20 @@ def test_a_missing_guard_is_one_error_that_says_what_to_do(
     assert len(imports) <= 2 + 2 * (os.cpu_count() or 1)
 
 
+# Before gh-125451 was mended (3.12.8, 3.13.1) the interpreter's exit could write to a pipe that a
+# broken pool was just closing.
+RACE_AT_EXIT = re.compile(
+    r"Exception ignored in: <module 'threading'.*\nTraceback.*\n(  .*\n)*"
+    r"    thread_wakeup\.wakeup\(\)\n(  .*\n)*OSError: .*\n"
+)
+
+
 @pytest.mark.parametrize("method", ANEW)
 def test_a_missing_guard_is_noticed_with_a_pool_of_ones_own(run_python: Run, method: str) -> None:
     option = ", executor=__import__('concurrent.futures').futures.ProcessPoolExecutor(2)"
-    _check_unguarded(run_python(REPORT_50.format(method=method, count=3, option=option)))
+    done = run_python(REPORT_50.format(method=method, count=3, option=option))
+    done.stderr = RACE_AT_EXIT.sub("", done.stderr)
+    _check_unguarded(done)
 
 
 def _check_unguarded(done: subprocess.CompletedProcess[str]) -> None:
