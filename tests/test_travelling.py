@@ -455,7 +455,8 @@ RACE_AT_EXIT = re.compile(
 def test_a_missing_guard_is_noticed_with_a_pool_of_ones_own(run_python: Run, method: str) -> None:
     option = ", executor=__import__('concurrent.futures').futures.ProcessPoolExecutor(2)"
     done = run_python(REPORT_50.format(method=method, count=3, option=option))
-    done.stderr = RACE_AT_EXIT.sub("", done.stderr)
+    if sys.version_info < (3, 13, 1):
+        done.stderr = RACE_AT_EXIT.sub("", done.stderr)
     _check_unguarded(done)
 
 

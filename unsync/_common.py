@@ -156,6 +156,12 @@ def awaited_exception(exc: BaseException) -> BaseException:
     return exc
 
 
+def without_this_frame(failure: BaseException) -> BaseException:
+    """For who caught it: the frame tells the user nothing, and may hold what holds the failure."""
+    traceback = failure.__traceback__
+    return failure.with_traceback(None if traceback is None else traceback.tb_next)
+
+
 def thrown(kind: object, value: object, traceback: object) -> BaseException:
     """The exception for an iterator's `throw`, which takes what generators take.
 

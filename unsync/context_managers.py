@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Generic, TypeVar, final
 
+from unsync import _common
 from unsync._backend import Unfuture, in_home_thread, when_done
 
 __all__ = ["AmbientContextManager", "start"]
@@ -58,7 +59,7 @@ class _Host(Generic[T]):
             self.entered.cancel(*cancelled.args[:1])
             return False
         except BaseException as exc:
-            if not _set(self.entered.set_exception, _without_this_frame(exc)):
+            if not _set(self.entered.set_exception, _common.without_this_frame(exc)):
                 raise
             return False
         interruption: BaseException | None = None
@@ -306,11 +307,6 @@ def _set(setter: Callable[[Any], None], value: object) -> bool:
     except asyncio.InvalidStateError:
         return False
     return True
-
-
-def _without_this_frame(failure: BaseException) -> BaseException:
-    traceback = failure.__traceback__
-    return failure.with_traceback(None if traceback is None else traceback.tb_next)
 
 
 def start(

@@ -30,7 +30,7 @@ from unsync._backend import (
     finish_calls,
     when_done,
 )
-from unsync.streams import READ_AHEAD, Stream, _Channel, _without_this_frame
+from unsync.streams import READ_AHEAD, Stream, _Channel
 
 __all__ = ["Target", "make_calls", "stream_calls"]
 
@@ -252,7 +252,7 @@ def _look(job: _Job) -> tuple[BaseException | None, Any]:
     except BaseException as exc:
         if exc is not job.exception():
             raise  # an interrupt
-        return _without_this_frame(exc), None
+        return _common.without_this_frame(exc), None
     finally:
         del job  # the frame that raised refers to this one
 
@@ -654,8 +654,11 @@ class _Outlet(_Channel[T]):
         """Under the lock: whether there is not enough on its way, and room for more."""
         if self.source is None or self.feeding:
             return False
-        ahead = self.ahead + len(self.taken)
-        return ahead <= self.enough and ahead + self.size <= self.read_ahead
+        return self.ahead + len(self.taken) <= self.enough and self.has_room()
+
+    def has_room(self) -> bool:
+        """Under the lock: whether there is room for the next chunk."""
+        return self.ahead + len(self.taken) + self.size <= self.read_ahead
 
     def feed(self) -> None:
         """Makes as many calls as there is room for, if there is not enough on its way."""
@@ -703,12 +706,12 @@ class _Outlet(_Channel[T]):
             if wanted:
                 self.parts[part] = None
                 self.ahead += part.size
-            has_room = self.ahead + len(self.taken) + self.size <= self.read_ahead
+            go_on = wanted and self.has_room()
         if not wanted:
             part.drop()  # the stream was left meanwhile
         if self.follows_singles or route is not None:
             part.follow()
-        return wanted and has_room
+        return go_on
 
     def arrive(self, part: _Part) -> None:
         """It is done, says the thread that finished it."""

@@ -235,7 +235,7 @@ class _InThreads(_Channel[T]):
                     if not self.put(value):
                         return True
         except BaseException as exc:
-            self.finish(_without_this_frame(exc))
+            self.finish(_common.without_this_frame(exc))
         else:
             self.finish(None)
         return False
@@ -268,7 +268,7 @@ class _InAmbientLoop(_Channel[T]):
                 self.ending = True
                 await self.generator.aclose()
         except BaseException as exc:
-            self.finish(_without_this_frame(exc))
+            self.finish(_common.without_this_frame(exc))
         else:
             self.finish(None)
 
@@ -296,12 +296,6 @@ def _wake(waiter: Unfuture[None]) -> bool:
     except asyncio.InvalidStateError:
         return False
     return True
-
-
-def _without_this_frame(failure: BaseException) -> BaseException:
-    """It would hold the channel, which holds the failure; and it says nothing to the user."""
-    traceback = failure.__traceback__
-    return failure.with_traceback(None if traceback is None else traceback.tb_next)
 
 
 @final
