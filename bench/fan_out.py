@@ -3,13 +3,14 @@
     python bench/fan_out.py
 
 Milliseconds for all calls and their results, the median of the rounds, in which all ways take their
-turns. The same two processes serve all ways: two pools differ by more than the ways do.
+turns, in another order each time: what ran before leaves its mark. The same two processes serve all ways: two pools differ by more than the ways do.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -78,7 +79,9 @@ def main() -> None:
             if size or "Executor" not in name
         ]
         spent: dict[tuple[str, int | None], list[float]] = {}
+        shuffle = random.Random(0).shuffle
         for number in range(options.rounds + 1):
+            shuffle(turns)
             for name, way, size in turns:
                 if number > 2 and size is None and "one by one" in name:
                     continue  # which take long, and differ by more than the rounds do

@@ -3047,7 +3047,8 @@ cdef class Route:
         self._queue, queue = queue, self._queue
         unlock(self)
 
-    cdef send(self, function, tuple args, dict kwargs):
+    cpdef send(self, function, tuple args, dict kwargs):
+        """What `submit` gives, or its successor if the executor was replaced meanwhile."""
         cdef JobQueue queue, queue_now
         while True:
             submit = submit_now = None

@@ -2283,9 +2283,10 @@ class Route:
         self.submit = submit
         self._owner = owner
 
-    def _send(
+    def send(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """What `submit` gives, or its successor if the executor was replaced meanwhile."""
         while True:
             submit = self.submit
             try:
@@ -2322,7 +2323,7 @@ class Launcher(Generic[P, T]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Unfuture[T]:
         route = self._route
         if route is not None:
-            launched: Unfuture[T] = route._send(self._function, args, kwargs)
+            launched: Unfuture[T] = route.send(self._function, args, kwargs)
             return launched
         mailbox = home()
         coro = self._function(*args, **kwargs)

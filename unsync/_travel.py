@@ -184,6 +184,11 @@ def main_s_file() -> str | None:
     return file
 
 
+def has_our_main(imports_main: bool) -> bool:
+    """Whether a process finds this program's main module, if it imports what its starter does."""
+    return imports_main and main_s_file() is not None
+
+
 def _is_from_main_s_file(function: Callable[..., Any]) -> bool:
     """Whether the main module's file defines the function, and not what was typed in afterwards."""
     below: object = function
@@ -363,10 +368,10 @@ class Bundle:
         """Does it in this process."""
         raise NotImplementedError
 
-    def parcel(self, has_our_main: bool) -> tuple[Any, ...]:
+    def parcel(self, imports_main: bool) -> tuple[Any, ...]:
         """The function to call in the other process, and its arguments: all of it pickles.
 
-        :param has_our_main: whether that can import this program's main module.
+        :param imports_main: whether that imports this program's main module, if it is a file.
         :raises pickle.PicklingError: if nothing of it can travel.
         """
         raise NotImplementedError

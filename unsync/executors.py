@@ -315,17 +315,22 @@ def submit_to(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Unfuture[Any]:
-    """Has any executor run the function; its future becomes an Unfuture.
+    """Has any executor run the function; its future becomes an Unfuture, unless it is a bundle's.
 
     :raises pickle.PicklingError: if `executor` is a process pool and the function cannot go there.
     """
     bundle = function if isinstance(function, _travel.Bundle) else None
-    has_our_main = _leaves_for(executor)
-    if has_our_main is not None:
-        has_our_main = has_our_main and _travel.main_s_file() is not None
+    imports_main = _leaves_for(executor)
+    if imports_main is None:
+        counter = _to_others
+        future = executor.submit(_travel.ContextCall(function, copy_context(), kwargs), *args)
+    else:
+        counter = _to_processes
+        job: tuple[Any, ...]
         if bundle is not None:
-            job: Any = bundle.parcel(has_our_main)
+            job = bundle.parcel(imports_main)
         else:
+            has_our_main = _travel.has_our_main(imports_main)
             call = _travel.reference_to(function, has_our_main)
             try:
                 job = _travel.run, *_travel.pack(function, call, args, kwargs, has_our_main)
@@ -333,11 +338,11 @@ def submit_to(
                 failed: Unfuture[Any] = Unfuture()
                 failed.set_exception(exc)
                 return failed
-        counter = _to_processes
-        future = _submit_guarded(executor, *job)
-    else:
-        counter = _to_others
-        future = executor.submit(_travel.ContextCall(function, copy_context(), kwargs), *args)
+        _end_if_importing_main()
+        if _imports_anew(executor):
+            future = _submit_guarded(executor, *job)
+        else:
+            future = executor.submit(*job)
     if isinstance(future, Unfuture):
         return future
     if bundle is not None:
@@ -407,15 +412,19 @@ _ADVICE = (
 _unguarded: weakref.WeakSet[concurrent.futures.Executor] = weakref.WeakSet()
 
 
+def _imports_anew(executor: concurrent.futures.Executor) -> bool:
+    """Whether it starts processes of multiprocessing's, which import the main program."""
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        return False
+    return getattr(executor, "_processes", None) is not None  # nor is it shut down
+
+
 def _submit_guarded(
     executor: concurrent.futures.Executor, *job: Any
 ) -> concurrent.futures.Future[Any]:
-    _end_if_importing_main()
-    processes = getattr(executor, "_processes", None)
-    context = getattr(executor, "_mp_context", None)
-    if processes is None or (context is not None and context.get_start_method() == "fork"):
-        # It has none of multiprocessing's, or is shut down; or nothing is imported anew.
-        return executor.submit(*job)
+    """`executor.submit`, with advice if the main program has no guard."""
+    processes: dict[int, Any] = executor._processes  # type: ignore[attr-defined]
     try:
         future = executor.submit(*job)
     except concurrent.futures.BrokenExecutor as exc:

@@ -20,8 +20,6 @@ from typing import Any, TypeVar, cast, final
 
 from unsync import _common, _travel
 from unsync._backend import (
-    BIND_NOTHING,
-    Launcher,
     Route,
     Unfuture,
     are_all_of,
@@ -86,8 +84,7 @@ class Target:
         self.name = _common.name_of(below)
         # Whether an item is one argument, not a tuple of them: tuples cost time.
         self.bare = False
-        self._references: dict[bool, Any] = {}
-        self._packed: dict[bool, bytes | None] = {}
+        self._outward: dict[bool, tuple[bool, Any, bytes | None]] = {}
 
     def read(self, iterables: tuple[Iterable[Any], ...]) -> Iterator[Any]:
         """The items: what the iterables have for each call."""
@@ -105,25 +102,22 @@ class Target:
         values = items if self.bare else chain.from_iterable(items)
         return are_all_of(self.args, _PLAIN) and are_all_of(values, _PLAIN)
 
-    def reference(self, has_our_main: bool) -> Any:
-        """What `_travel.reference_to` gives, made once.
+    def outward(self, imports_main: bool) -> tuple[bool, Any, bytes | None]:
+        """How it goes to a process, found out once.
+
+        Whether our main module is found there; what `_travel.reference_to` gives; and that as
+        `_found` takes it, if the function travels by reference.
 
         :raises pickle.PicklingError: if the function cannot go to another process.
         """
-        if has_our_main not in self._references:
-            self._references[has_our_main] = _travel.reference_to(self.below, has_our_main)
-        return self._references[has_our_main]
-
-    def packed(self, has_our_main: bool) -> bytes | None:
-        """A function that travels by reference, as `_found` takes it, made once.
-
-        :raises pickle.PicklingError: as `reference()`.
-        """
-        if has_our_main not in self._packed:
-            function = self.reference(has_our_main)
+        found = self._outward.get(imports_main)
+        if found is None:
+            has_our_main = _travel.has_our_main(imports_main)
+            function = _travel.reference_to(self.below, has_our_main)
             is_reference = isinstance(function, _travel.Reference)
-            self._packed[has_our_main] = _travel._dumps(function) if is_reference else None
-        return self._packed[has_our_main]
+            found = has_our_main, function, _travel._dumps(function) if is_reference else None
+            self._outward[imports_main] = found
+        return found
 
 
 def make_calls(
@@ -265,6 +259,9 @@ class _Chunk(_travel.Bundle):
     """
 
     job: _Job
+    dropped = False
+    # Why calls could not travel, by their places; None if all could.
+    unsent: dict[int, Exception] | None = None
 
     def __init__(self, target: Target, items: list[Any]) -> None:
         self.target = target
@@ -272,14 +269,10 @@ class _Chunk(_travel.Bundle):
         self.size = len(items)
         # The name of its job, also in errors.
         self.__qualname__ = target.name
-        # Why calls could not travel, by their places.
-        self.unsent: dict[int, Exception] = {}
-        self.dropped = False
 
     def launch(self, route: Route) -> None:
         try:
-            launcher: Any = Launcher(self, route, BIND_NOTHING)
-            self.job = launcher()
+            self.job = route.send(self, (), {})
         except Exception as exc:
             # It cannot travel, or the executor takes no work.
             self.job = Unfuture()
@@ -292,8 +285,9 @@ class _Chunk(_travel.Bundle):
     def end(self, job: _Job) -> None:
         failure, came_back = _look(job)
         cancelled = failure is not None and job.cancelled()
-        if self.counter is not None:
-            self.counter.end(failure is not None and not cancelled, cancelled)
+        counter = self.counter
+        if counter is not None:
+            counter.end(failure is not None and not cancelled, cancelled)
         self.arrive(came_back, failure, cancelled)
 
     def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
@@ -323,17 +317,16 @@ class _Chunk(_travel.Bundle):
 
     # Away.
 
-    def parcel(self, has_our_main: bool) -> tuple[Any, ...]:
+    def parcel(self, imports_main: bool) -> tuple[Any, ...]:
         """Packs each call as if it travelled alone: what one does to an argument, none other sees.
 
         Of arguments that cannot change that is true anyway.
         """
         target = self.target
-        packed = target.packed(has_our_main)
+        has_our_main, function, packed = target.outward(imports_main)
         if packed is not None and not target.kwargs and target.are_plain(self.items):
             arguments = self.items if target.bare else target.arguments(self.items)
             return _make_each, target.name, packed, target.bare, arguments
-        function = target.reference(has_our_main)
         arguments = target.arguments(self.items)
         parcels = [self.pack(function, has_our_main, *each) for each in enumerate(arguments)]
         return _make_all, target.name, parcels
@@ -349,6 +342,8 @@ class _Chunk(_travel.Bundle):
         try:
             return _travel.pack(target.below, function, args, target.kwargs, has_our_main)[1]
         except Exception as exc:
+            if self.unsent is None:
+                self.unsent = {}
             self.unsent[place] = exc
             return None
 
@@ -357,7 +352,7 @@ class _Chunk(_travel.Bundle):
     def outcomes(self, outcomes: list[Any]) -> Iterator[tuple[int, Any]]:
         """Status and outcome of each call, of what came back."""
         for place, outcome in enumerate(outcomes):
-            if place in self.unsent:
+            if self.unsent and place in self.unsent:
                 yield _common.FAILED, self.unsent[place]
             elif type(outcome) is not tuple:
                 yield _common.FINISHED, outcome
@@ -443,7 +438,7 @@ class _Followed(_Chunk):
                     call._complete(_common.FAILED, failure)
         elif came_back is not None:
             are_results, outcomes = came_back
-            if are_results and not self.unsent:
+            if are_results and self.unsent is None:
                 finish_calls(calls, outcomes)
             else:
                 for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
@@ -567,13 +562,9 @@ class _Single:
 class _Streamed(_Chunk):
     """One whose values go into a stream."""
 
+    outlet: _Outlet[Any]
     # What came of it: set once, by the thread that finishes its job, before the outlet hears of it.
     came: tuple[Any, BaseException | None] | None = None
-
-    def __init__(self, outlet: _Outlet[Any], items: list[Any], route: Route) -> None:
-        super().__init__(outlet.target, items)
-        self.outlet = outlet
-        self.launch(route)
 
     def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
         self.came = came_back, failure
@@ -590,7 +581,7 @@ class _Streamed(_Chunk):
         if failure is not None:
             return [], failure
         are_values, outcomes = came_back
-        if are_values and not self.unsent:
+        if are_values and self.unsent is None:
             return outcomes, None
         values: list[Any] = []
         for status, outcome in self.outcomes(outcomes):
@@ -699,8 +690,14 @@ class _Outlet(_Channel[T]):
 
     def launch(self, items: list[Any]) -> bool:
         """Whether there is room for the next chunk, and somebody who wants it."""
-        route = self.target.route
-        part = _Single(self, items[0]) if route is None else _Streamed(self, items, route)
+        target = self.target
+        part: _Part
+        if target.route is None:
+            part = _Single(self, items[0])
+        else:
+            part = _Streamed(target, items)
+            part.outlet = self
+            part.launch(target.route)
         with self.lock:
             wanted = self.source is not None
             if wanted:
@@ -709,23 +706,28 @@ class _Outlet(_Channel[T]):
             go_on = wanted and self.has_room()
         if not wanted:
             part.drop()  # the stream was left meanwhile
-        if self.follows_singles or route is not None:
+        if self.follows_singles or target.route is not None:
             part.follow()
         return go_on
 
     def arrive(self, part: _Part) -> None:
         """It is done, says the thread that finished it."""
         with self.lock:
-            is_awaited = self.note(part) and len(self.waiters) > 0
-        if is_awaited:
-            self.tell()
+            waiters = self.take_waiters() if self.note(part) and self.waiters else ()
+        for waiter in waiters:
+            self.wake(waiter)
 
     def tell(self) -> None:
         """Has all consumers that wait look again."""
         with self.lock:
-            waiters, self.waiters = self.waiters, deque()
+            waiters = self.take_waiters()
         for waiter in waiters:
             self.wake(waiter)
+
+    def take_waiters(self) -> Iterable[Unfuture[None]]:
+        """Under the lock: these wait no longer."""
+        waiters, self.waiters = self.waiters, deque()
+        return waiters
 
     def refill(self) -> Unfuture[None] | bool:
         if os.getpid() != self.pid:

@@ -351,14 +351,13 @@ class Stream(Generic[T]):
 
     def _has_more(self) -> bool:
         """Waits until that is known; others may take it first."""
-        found = self._channel.refill()
-        if isinstance(found, Unfuture):
+        channel = self._channel
+        while isinstance(found := channel.refill(), Unfuture):
             try:
                 found.result()
-            except BaseException:
-                self._channel.leave(found)
+            except BaseException:  # noqa: PERF203  # entered once for each wait
+                channel.leave(found)
                 raise
-            return True
         return found
 
     def __aiter__(self) -> Stream[T]:
