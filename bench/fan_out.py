@@ -3,7 +3,8 @@
     python bench/fan_out.py
 
 Milliseconds for all calls and their results, the median of the rounds, in which all ways take their
-turns, in another order each time: what ran before leaves its mark. The same two processes serve all ways: two pools differ by more than the ways do.
+turns, in another order each time: what ran before leaves its mark. The same two processes serve all
+ways: two pools differ by more than the ways do.
 """
 
 from __future__ import annotations
