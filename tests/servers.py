@@ -172,8 +172,11 @@ class Load:
                 with self._lock:
                     self.refused += 1
                 return
-            with contextlib.closing(connection):
-                problem = self._problem(connection, number)
+            except ConnectionResetError as error:  # the socket was closed before it came to this
+                problem: str | None = f"{number}: {error!r}"
+            else:
+                with contextlib.closing(connection):
+                    problem = self._problem(connection, number)
             with self._lock:
                 if problem is None:
                     self.answered += 1
