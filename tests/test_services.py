@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +20,8 @@ import databases
 import pytest
 from conftest import PATIENCE, wait_until
 from servers import Answer, Load, Prices, Server, accepts, ask, listening, served
+
+import unsync
 
 reason = databases.missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -314,6 +320,35 @@ def test_what_a_service_has_begun_under_load_it_answers(
     assert begun == load.answered
     reset = ("ConnectionResetError", "RemoteDisconnected")
     assert [lost for lost in load.lost if not any(name in lost for name in reset)] == []
+
+
+STARTS = {
+    "flask": "service.start().result()",
+    "django": "service.start().result()",
+    "fastapi": "asyncio.run(service.lifespan(service.app).__aenter__())",
+}
+
+
+@pytest.mark.skipif(not hasattr(gc, "freeze"), reason="there is no gc.freeze() here")
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_full_collection_leaves_out_what_is_made_at_the_start(
+    urls: dict[str, str], tmp_path: Path, kind: str
+) -> None:
+    for name in NEEDS[kind]:
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    program = f"import asyncio, gc, os, service\n{STARTS[kind]}\n"
+    program += "print(gc.get_freeze_count(), len(gc.get_objects()), flush=True)\nos._exit(0)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=EXAMPLES / f"service_{kind}",
+        env=os.environ | urls | {"PYTHONPATH": str(Path(unsync.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    frozen, left = map(int, done.stdout.split())
+    assert frozen > 10_000 > left
 
 
 def test_what_is_not_healthy_says_so(fastapi_service: Server, items: Any) -> None:

@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="that a row is measured for; 2.5, quick 1")
     parser.add_argument("--only", nargs="+", choices=configurations(), metavar="APPLICATION/WAY")
     parser.add_argument("--unpinned", action="store_true", help="all servers share all cores")
+    parser.add_argument("--unfrozen", action="store_true", help="servers start without gc.freeze()")
     parser.add_argument("--environments", type=Path, default=compare.CHECKOUT / ".venv-bench")
     parser.add_argument("--python", type=Path, help="has all packages; no environment is made")
     parser.add_argument("--output", type=Path, help="a JSON file instead of the one in results/")
@@ -179,6 +180,7 @@ def main() -> None:
             "REDIS_URL": found.redis,
             "PRICES_URL": stack.enter_context(running.backend(folder / "backend.log")),
             "NOTES_FOLDER": str(folder),
+            "SERVICE_FREEZES": "" if options.unfrozen else "1",
         }
         python = next(iter(pythons.values()))
         subprocess.run(
@@ -220,6 +222,7 @@ def main() -> None:
         "connections": CONNECTIONS,
         "threads": THREADS,
         "pinned": core is not None,
+        "frozen": not options.unfrozen,
         "failed": failed,
         "complaints": complaints,
         "services": {

@@ -146,9 +146,10 @@ def caption(results: Results) -> str:
     machine = results["machine"]
     told = ", ".join(f"{name} {text}" for name, text in sorted(results["versions"].items()))
     where = "with one core for the server" if results["pinned"] else "which all servers shared"
+    heap = "what is made at start frozen" if results["frozen"] else "nothing frozen"
     return (
         f"Measured on {results['date']} with CPython {results['python']} on {machine['cores']} "
-        f"cores of {machine['cpu']}, {machine['system']}, {where}; {told}. Medians of "
+        f"cores of {machine['cpu']}, {machine['system']}, {where}, {heap}; {told}. Medians of "
         f"{results['rounds']} rounds of {results['seconds']:g} s, {results['connections']} "
         f"connections, {results['threads']} threads.\n"
     )

@@ -11,6 +11,7 @@ blocks: a query through Django's ORM, in one of unsync's threads.
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ async def start() -> None:
     _clients = Clients(cache, httpx.AsyncClient(base_url=os.environ["PRICES_URL"]))
     unsync.thread_executor = ThreadExecutor(CONNECTIONS)
     await check()
+    # What was made until now stays: the garbage collector need not go through it any more.
+    gc.collect()
+    gc.freeze()
 
 
 @unsync

@@ -7,6 +7,7 @@
 What blocks is a marked function: the handler awaits it, and it runs in a thread.
 """
 
+import gc
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -40,6 +41,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     with ThreadExecutor(CONNECTIONS) as threads:
         unsync.thread_executor = threads
         app.state.pool = await connect()
+        # What was made until now stays: the garbage collector need not go through it any more.
+        gc.collect()
+        gc.freeze()
         yield
         await unsync(app.state.pool.close)()
         unsync.thread_executor = None

@@ -9,6 +9,7 @@ are asked for at once, by one coroutine in the ambient loop; the handler's threa
 """
 
 import asyncio
+import gc
 import os
 from dataclasses import dataclass
 
@@ -46,6 +47,9 @@ async def start() -> None:
     cache = redis.Redis.from_url(os.environ["REDIS_URL"], decode_responses=True)
     await cache.ping()
     _clients = Clients(postgres, cache, httpx.AsyncClient(base_url=os.environ["PRICES_URL"]))
+    # What was made until now stays: the garbage collector need not go through it any more.
+    gc.collect()
+    gc.freeze()
 
 
 @unsync

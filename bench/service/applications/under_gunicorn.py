@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from service.applications import THREADS
+from service.applications import THREADS, settle
 
 worker_class = "gthread"
 workers = 1
@@ -22,6 +22,7 @@ def application(worker: Any) -> Any:
 def post_worker_init(worker: Any) -> None:
     """In the worker, after the fork: the clients connect."""
     application(worker).start()
+    settle()
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -13,7 +13,7 @@ from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
 from service import bridges
-from service.applications import THREADS
+from service.applications import THREADS, settle
 from service.clients import afresh, blocking, kept
 
 bridge = bridges.chosen()
@@ -82,6 +82,7 @@ async def asgi(scope: dict[str, Any], receive: Receive, send: Send) -> None:
                 await kept.connect()
             else:
                 await asyncio.to_thread(bridge.one(kept.connect))
+            settle()
         elif IS_ASGIREF:
             await kept.disconnect()
         else:

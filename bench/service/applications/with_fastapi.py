@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from service import bridges
-from service.applications import THREADS
+from service.applications import THREADS, settle
 from service.clients import blocking
 
 bridge = bridges.chosen()
@@ -18,6 +18,7 @@ bridge = bridges.chosen()
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     bridge.prepare(THREADS)
     blocking.connect()
+    settle()
     yield
     blocking.disconnect()
 
