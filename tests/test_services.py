@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,6 +70,7 @@ NEEDS = {
 WITH_GUNICORN = {"flask": "service:app", "django": "service:application"}
 WITH_UVICORN = {"fastapi": "service:app", "django-asgi": "service:asgi"}
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
@@ -332,20 +332,14 @@ STARTS = {
 @pytest.mark.skipif(not hasattr(gc, "freeze"), reason="there is no gc.freeze() here")
 @pytest.mark.parametrize("kind", STARTS)
 def test_a_full_collection_leaves_out_what_is_made_at_the_start(
-    urls: dict[str, str], tmp_path: Path, kind: str
+    run_python: Run, urls: dict[str, str], kind: str
 ) -> None:
     for name in NEEDS[kind]:
         pytest.importorskip(name, reason=f"{name} is not installed")
     program = f"import asyncio, gc, os, service\n{STARTS[kind]}\n"
     program += "print(gc.get_freeze_count(), len(gc.get_objects()), flush=True)\nos._exit(0)"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=EXAMPLES / f"service_{kind}",
-        env=os.environ | urls | {"PYTHONPATH": str(Path(unsync.__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    places = [Path(unsync.__file__).parent.parent, EXAMPLES / f"service_{kind}"]
+    done = run_python(program, env=urls | {"PYTHONPATH": os.pathsep.join(map(str, places))})
     assert done.returncode == 0, done.stderr
     frozen, left = map(int, done.stdout.split())
     assert frozen > 10_000 > left

@@ -417,7 +417,8 @@ def _imports_anew(executor: concurrent.futures.Executor) -> bool:
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
         return False
-    return getattr(executor, "_processes", None) is not None  # nor is it shut down
+    # There are none where they are not multiprocessing's, and after its shutdown.
+    return getattr(executor, "_processes", None) is not None
 
 
 def _submit_guarded(

@@ -260,8 +260,6 @@ class _Chunk(_travel.Bundle):
 
     job: _Job
     dropped = False
-    # Why calls could not travel, by their places; None if all could.
-    unsent: dict[int, Exception] | None = None
 
     def __init__(self, target: Target, items: list[Any]) -> None:
         self.target = target
@@ -269,6 +267,8 @@ class _Chunk(_travel.Bundle):
         self.size = len(items)
         # The name of its job, also in errors.
         self.__qualname__ = target.name
+        # Why calls could not travel, by their places.
+        self.unsent: dict[int, Exception] = {}
 
     def launch(self, route: Route) -> None:
         try:
@@ -285,9 +285,8 @@ class _Chunk(_travel.Bundle):
     def end(self, job: _Job) -> None:
         failure, came_back = _look(job)
         cancelled = failure is not None and job.cancelled()
-        counter = self.counter
-        if counter is not None:
-            counter.end(failure is not None and not cancelled, cancelled)
+        if self.counter is not None:
+            self.counter.end(failure is not None and not cancelled, cancelled)
         self.arrive(came_back, failure, cancelled)
 
     def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
@@ -342,8 +341,6 @@ class _Chunk(_travel.Bundle):
         try:
             return _travel.pack(target.below, function, args, target.kwargs, has_our_main)[1]
         except Exception as exc:
-            if self.unsent is None:
-                self.unsent = {}
             self.unsent[place] = exc
             return None
 
@@ -352,7 +349,7 @@ class _Chunk(_travel.Bundle):
     def outcomes(self, outcomes: list[Any]) -> Iterator[tuple[int, Any]]:
         """Status and outcome of each call, of what came back."""
         for place, outcome in enumerate(outcomes):
-            if self.unsent and place in self.unsent:
+            if place in self.unsent:
                 yield _common.FAILED, self.unsent[place]
             elif type(outcome) is not tuple:
                 yield _common.FINISHED, outcome
@@ -438,7 +435,7 @@ class _Followed(_Chunk):
                     call._complete(_common.FAILED, failure)
         elif came_back is not None:
             are_results, outcomes = came_back
-            if are_results and self.unsent is None:
+            if are_results and not self.unsent:
                 finish_calls(calls, outcomes)
             else:
                 for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
@@ -562,9 +559,12 @@ class _Single:
 class _Streamed(_Chunk):
     """One whose values go into a stream."""
 
-    outlet: _Outlet[Any]
     # What came of it: set once, by the thread that finishes its job, before the outlet hears of it.
     came: tuple[Any, BaseException | None] | None = None
+
+    def __init__(self, outlet: _Outlet[Any], items: list[Any]) -> None:
+        super().__init__(outlet.target, items)
+        self.outlet = outlet
 
     def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
         self.came = came_back, failure
@@ -581,7 +581,7 @@ class _Streamed(_Chunk):
         if failure is not None:
             return [], failure
         are_values, outcomes = came_back
-        if are_values and self.unsent is None:
+        if are_values and not self.unsent:
             return outcomes, None
         values: list[Any] = []
         for status, outcome in self.outcomes(outcomes):
@@ -690,14 +690,13 @@ class _Outlet(_Channel[T]):
 
     def launch(self, items: list[Any]) -> bool:
         """Whether there is room for the next chunk, and somebody who wants it."""
-        target = self.target
+        route = self.target.route
         part: _Part
-        if target.route is None:
+        if route is None:
             part = _Single(self, items[0])
         else:
-            part = _Streamed(target, items)
-            part.outlet = self
-            part.launch(target.route)
+            part = _Streamed(self, items)
+            part.launch(route)
         with self.lock:
             wanted = self.source is not None
             if wanted:
@@ -706,7 +705,7 @@ class _Outlet(_Channel[T]):
             go_on = wanted and self.has_room()
         if not wanted:
             part.drop()  # the stream was left meanwhile
-        if self.follows_singles or target.route is not None:
+        if self.follows_singles or route is not None:
             part.follow()
         return go_on
 
@@ -723,11 +722,6 @@ class _Outlet(_Channel[T]):
             waiters = self.take_waiters()
         for waiter in waiters:
             self.wake(waiter)
-
-    def take_waiters(self) -> Iterable[Unfuture[None]]:
-        """Under the lock: these wait no longer."""
-        waiters, self.waiters = self.waiters, deque()
-        return waiters
 
     def refill(self) -> Unfuture[None] | bool:
         if os.getpid() != self.pid:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 from contextvars import copy_context
 from types import TracebackType
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast, final
@@ -97,7 +97,7 @@ class _Channel(Generic[T]):
             else:
                 outcome.set_exception(failure)
             other.set_result(None)
-            waiters, self.waiters = self.waiters, deque()
+            waiters = self.take_waiters()
         for waiter in waiters:
             _wake(waiter)
 
@@ -147,6 +147,11 @@ class _Channel(Generic[T]):
         """Wakes that consumer, or the next one if it has stopped waiting."""
         while waiter is not None and not _wake(waiter):
             waiter = self.next_waiter()
+
+    def take_waiters(self) -> Iterable[Unfuture[None]]:
+        """Under the lock: these wait no longer."""
+        waiters, self.waiters = self.waiters, deque()
+        return waiters
 
     def next_waiter(self) -> Unfuture[None] | None:
         with self.lock:
