@@ -682,6 +682,129 @@ def test_several_consumers_share_the_values(
         assert sorted(found) == [10 * x for x in range(500)]
 
 
+class ByHand(concurrent.futures.Executor):
+    """Runs a job when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.jobs.append(lambda: future.set_result(fn(*args, **kwargs)))
+        return future
+
+    def run(self, count: int) -> None:
+        """The next ones, in this thread, which wakes who waits for them before it returns."""
+        for job in self.jobs[:count]:
+            job()
+        del self.jobs[:count]
+
+
+def lingering(in_order: bool, by_hand: ByHand) -> tuple[Stream[int], fan_out._Outlet[int]]:
+    """A stream of forty chunks, which seem to come back quickly."""
+    marked = unsync(plain, executor=by_hand)
+    stream = unsync.map(marked, range(40), chunksize=1, in_order=in_order)
+    channel = stream._channel
+    assert isinstance(channel, fan_out._Outlet)
+    assert len(by_hand.jobs) == 40
+    channel.lingers = True
+    return stream, channel
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_consumer_is_woken_once_for_chunks_that_come_back_quickly(
+    in_order: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
+    by_hand = ByHand()
+    stream, channel = lingering(in_order, by_hand)
+    found: list[int] = []
+
+    def consume() -> None:
+        for value in stream:
+            found.append(value)  # noqa: PERF402  # it is looked at meanwhile
+
+    consumer = in_thread(consume)
+    wait_until(lambda: channel.waiters, "the consumer to wait")
+    by_hand.run(7)
+    assert channel.waiters
+    assert found == []
+    by_hand.run(1)
+    wait_until(lambda: len(found) == 8, "the first values")
+    # There are less and less left, and the consumer must not keep the workers from them.
+    while by_hand.jobs:
+        wait_until(lambda: channel.waiters, "the consumer to wait")
+        by_hand.run(len(channel.parts) // 4 or 1)
+    consumer.join(PATIENCE)
+    assert found == [10 * x for x in range(40)]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_consumer_does_not_wait_for_chunks_that_come_late(
+    in_order: bool, in_thread: Callable[[Callable[[], object]], threading.Thread]
+) -> None:
+    by_hand = ByHand()
+    stream, channel = lingering(in_order, by_hand)
+    found: list[int] = []
+    consumer = in_thread(lambda: found.append(next(stream)))
+    wait_until(lambda: channel.waiters, "the consumer to wait")
+    by_hand.run(1)
+    consumer.join(PATIENCE)
+    assert found == [0]
+    assert not channel.lingers
+    stream.close()
+
+
+def test_the_first_chunk_ends_the_wait_of_several_consumers(
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
+    by_hand = ByHand()
+    stream, channel = lingering(True, by_hand)
+    found: list[int] = []
+    consumers = [in_thread(lambda: found.append(next(stream))) for _ in range(2)]
+    wait_until(lambda: len(channel.waiters) == 2, "both consumers to wait")
+    by_hand.run(1)
+    wait_until(lambda: found, "the first value")
+    by_hand.run(39)
+    for consumer in consumers:
+        consumer.join(PATIENCE)
+    assert sorted(found) == [0, 10]
+    stream.close()
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_for_calls_that_go_alone_no_consumer_lingers(in_order: bool) -> None:
+    stream = unsync.map(in_loop, range(100), in_order=in_order)
+    channel = stream._channel
+    assert isinstance(channel, fan_out._Outlet)
+    for _ in stream:
+        assert not channel.lingers
+
+
+def test_in_order_a_consumer_is_woken_when_the_first_chunk_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
+    by_hand = ByHand()
+    stream, channel = lingering(True, by_hand)
+    found: list[int] = []
+    consumer = in_thread(lambda: found.append(next(stream)))
+    wait_until(lambda: channel.waiters, "the consumer to wait")
+    first = by_hand.jobs.pop(0)
+    by_hand.run(20)
+    assert channel.waiters
+    first()
+    consumer.join(PATIENCE)
+    assert found == [0]
+    assert [next(stream) for _ in range(20)] == [10 * x for x in range(1, 21)]
+    stream.close()
+
+
 @pytest.mark.parametrize("cls", [ThreadExecutor, concurrent.futures.ThreadPoolExecutor])
 def test_a_shutdown_cancels_what_waits(cls: type[concurrent.futures.ThreadPoolExecutor]) -> None:
     executor = cls(1)

@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import os
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import copy_context
@@ -50,6 +51,12 @@ _MOST_GROWN = 256
 # Not less than so many calls of a stream are on their way in chunks, so that small ones, too, are
 # launched several at a time: each time wakes the threads of the executor.
 _READ_AHEAD = 4096
+
+# While chunks come back quickly, a consumer that waits in a thread is woken for so many of them at
+# once, or after so many seconds: each time it is woken it takes the GIL from the thread that brings
+# them, and where calls are small that is the one for which all others wait.
+_TOGETHER = 8
+_LINGER = 0.001
 
 _PLAIN: frozenset[type] = frozenset(_travel._PLAIN)
 
@@ -627,6 +634,12 @@ class _Outlet(_Channel[T]):
         # by the lock.
         self.parts: OrderedDict[_Part, None] = OrderedDict()
         self.ahead = 0
+        # How many have come back since a consumer began to wait, and with how many it is woken:
+        # more than one only while nobody else waits.
+        self.came = 0
+        self.wanted = 1
+        # Whether the next consumer lingers. Not guarded: it is a guess.
+        self.lingers = False
         # None when it is read to its end, or nobody wants more of it.
         self.source: Iterator[Any] | None = source
         self.feeding = False
@@ -638,7 +651,7 @@ class _Outlet(_Channel[T]):
         raise NotImplementedError
 
     def note(self, part: _Part) -> bool:
-        """Under the lock: it is done; whether it is what a consumer would wait for."""
+        """Under the lock: it is done; whether there is something to take."""
         raise NotImplementedError
 
     def is_hungry(self) -> bool:
@@ -712,7 +725,9 @@ class _Outlet(_Channel[T]):
     def arrive(self, part: _Part) -> None:
         """It is done, says the thread that finished it."""
         with self.lock:
-            waiters = self.take_waiters() if self.note(part) and self.waiters else ()
+            self.came += 1
+            is_time = self.note(part) and self.came >= self.wanted
+            waiters = self.take_waiters() if is_time and self.waiters else ()
         for waiter in waiters:
             self.wake(waiter)
 
@@ -723,7 +738,23 @@ class _Outlet(_Channel[T]):
         for waiter in waiters:
             self.wake(waiter)
 
-    def refill(self) -> Unfuture[None] | bool:
+    def has_more(self) -> bool:
+        while isinstance(found := self.refill(self.lingers), Unfuture):
+            # Whoever waits alone is the only one who can have set it to more than one.
+            timeout = _LINGER if self.wanted > 1 else None
+            began = time.monotonic()
+            try:
+                self.wait_for(found, timeout)
+            except _common.TimedOutError:
+                self.lingers = self.came > 1
+            else:
+                if timeout is None:
+                    is_quick = time.monotonic() - began < _LINGER / 2
+                    self.lingers = is_quick and self.target.route is not None
+        return found
+
+    def refill(self, lingers: bool = False) -> Unfuture[None] | bool:
+        """:param lingers: whether the consumer, if it waits, is to be woken for several chunks."""
         if os.getpid() != self.pid:
             raise _common.orphan_error()
         while True:
@@ -732,7 +763,14 @@ class _Outlet(_Channel[T]):
                 with self.lock:
                     dropped = self.collect()
                     if not self.is_hungry():
-                        return bool(self.taken) or self.wait()
+                        if self.taken:
+                            return True
+                        self.came = 0
+                        self.wanted = 1
+                        if lingers and not self.waiters:
+                            # The workers have enough to do meanwhile.
+                            self.wanted = min(_TOGETHER, max(1, len(self.parts) // 4))
+                        return self.wait()
             finally:
                 for part in dropped:
                     part.drop()
@@ -784,7 +822,8 @@ class _InOrder(_Outlet[T]):
         return first
 
     def note(self, part: _Part) -> bool:
-        return part is self.first()
+        first = self.first()
+        return first is not None and first.is_done()
 
     def wait(self) -> Unfuture[None] | bool:
         found = super().wait()

@@ -129,6 +129,23 @@ class _Channel(Generic[T]):
             self.resume()
         return True
 
+    def has_more(self) -> bool:
+        """In a thread: waits until that is known; others may take it first.
+
+        :raises BaseException: as `refill()`.
+        """
+        while isinstance(found := self.refill(), Unfuture):
+            self.wait_for(found, None)
+        return found
+
+    def wait_for(self, waiter: Unfuture[None], timeout: float | None) -> None:
+        """In a thread: blocks until somebody wakes it, for `timeout` seconds at most."""
+        try:
+            waiter.result(timeout)
+        except BaseException:
+            self.leave(waiter)
+            raise
+
     def wait(self) -> Unfuture[None] | bool:
         """Under the lock, when there is nothing to take: what `refill()` gives then."""
         if not self.ended.done():
@@ -337,7 +354,7 @@ class Stream(Generic[T]):
                     yield take()
             except IndexError:
                 pass
-            if not self._has_more():
+            if not channel.has_more():
                 return
 
     def __next__(self) -> T:
@@ -351,19 +368,8 @@ class Stream(Generic[T]):
                 return channel.taken.popleft()
             except IndexError:
                 pass
-            if not self._has_more():
+            if not channel.has_more():
                 raise StopIteration
-
-    def _has_more(self) -> bool:
-        """Waits until that is known; others may take it first."""
-        channel = self._channel
-        while isinstance(found := channel.refill(), Unfuture):
-            try:
-                found.result()
-            except BaseException:  # noqa: PERF203  # entered once for each wait
-                channel.leave(found)
-                raise
-        return found
 
     def __aiter__(self) -> Stream[T]:
         return self
