@@ -1481,3 +1481,89 @@ def test_what_a_concurrent_future_gives_is_in_no_reference_cycle() -> None:
     references = [weakref.ref(unfuture), weakref.ref(unfuture.result(PATIENCE))]
     del unfuture, future
     wait_until_gone(*references)
+
+
+def finished_by_hand(value: object) -> None:
+    unfuture: Unfuture[object] = Unfuture()
+    unfuture.set_result(value)
+
+
+def finished_from_the_start(value: object) -> None:
+    Unfuture.from_value(value)
+
+
+def that_somebody_has_waited_for(value: object) -> None:
+    unfuture: Unfuture[object] = Unfuture()
+    told: list[object] = []
+    unfuture.add_done_callback(told.append)
+    unfuture.set_result(value)
+
+
+def that_a_weak_reference_has_seen(value: object) -> None:
+    unfuture = Unfuture.from_value(value)
+    assert weakref.ref(unfuture)() is unfuture
+
+
+def of_a_subclass(value: object) -> None:
+    class Mine(Unfuture[object]):
+        pass
+
+    Mine.from_value(value)
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="objects have no counts here")
+@pytest.mark.parametrize(
+    "make",
+    [
+        finished_by_hand,
+        finished_from_the_start,
+        that_somebody_has_waited_for,
+        that_a_weak_reference_has_seen,
+        of_a_subclass,
+    ],
+)
+def test_what_has_served_lets_go_of_all_that_it_had(make: Callable[[object], None]) -> None:
+    value = 10**40  # which refers to nothing, and is no constant
+    make(value)
+    collect()
+    before = [sys.getrefcount(each) for each in (value, None)]
+    for _ in range(1000):
+        make(value)
+    collect()
+    after = [sys.getrefcount(each) for each in (value, None)]
+    assert after[0] == before[0]
+    assert abs(after[1] - before[1]) < 500  # others have it, too
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="objects have no counts here")
+def test_a_call_that_has_served_lets_go_of_its_function_s_name() -> None:
+    def give() -> int:
+        return 1
+
+    give.__qualname__ = name = "a name that is no constant".title()
+    marked = unsync(give)
+    marked().result(PATIENCE)
+    before = sys.getrefcount(name)
+    for _ in range(1000):
+        marked().result(PATIENCE)
+    assert sys.getrefcount(name) < before + 100  # the worker may not be done with the last ones
+
+
+def test_who_is_referred_to_weakly_tells_of_its_end() -> None:
+    unfuture = Unfuture.from_value(1)
+    told: list[object] = []
+    reference = weakref.ref(unfuture, told.append)
+    del unfuture
+    collect()
+    assert told == [reference]
+    assert reference() is None
+
+
+def test_a_long_line_of_results_is_freed_without_recursion() -> None:
+    unfuture: Unfuture[Any] = Unfuture.from_value(1)
+    last = weakref.ref(unfuture)
+    for _ in range(200_000):
+        unfuture = Unfuture.from_value(unfuture)
+    del unfuture
+    collect()
+    assert last() is None

@@ -170,9 +170,12 @@ cdef extern from "pythread.h":
 
 cdef extern from "Python.h":
     ctypedef int (*initproc)(object, object, object) except -1
+    ctypedef void (*destructor)(PyObject *) noexcept
     ctypedef struct PyTypeObject:
         unsigned long tp_flags
         Py_ssize_t tp_vectorcall_offset
+        Py_ssize_t tp_weaklistoffset
+        destructor tp_dealloc
         object (*tp_new)(PyTypeObject *, object, PyObject *)
         initproc tp_init
     unsigned long Py_TPFLAGS_HAVE_VECTORCALL
@@ -190,6 +193,10 @@ cdef extern from "Python.h":
     bint PyObject_GC_IsTracked(object value) noexcept
     void PyObject_GC_Track(PyObject *value) noexcept
     void PyObject_GC_UnTrack(PyObject *value) noexcept
+    void PyObject_GC_Del(PyObject *value) noexcept
+    PyTypeObject *Py_TYPE(PyObject *value) noexcept
+    void Py_DECREF(PyObject *value) noexcept
+    bint is_container "PyObject_IS_GC"(PyObject *value) noexcept
     int PyErr_CheckSignals() except -1
 
 cdef extern from *:
@@ -2263,6 +2270,67 @@ cdef class Unfuture(_Item):
             mailbox = home_now()
             loop = None if mailbox is None else mailbox._loop()
             report_unseen_failure(self, self._outcome, loop)
+
+
+# Most Unfutures come to their end as a call that has served: its result can refer to nothing, and
+# nobody has to be told of it. Such a one is freed here, in less than half the time.
+
+cdef extern from *:
+    """
+    static destructor unsync_free_any; /* the type's own */
+
+    /* With what the type's own leaves out where it is not in the type's slot: the finalizer, and
+       the trashcan, which frees long chains without recursion. */
+    static void unsync_free_slowly(PyObject *unfuture, destructor slot) {
+        if (Py_TYPE(unfuture)->tp_dealloc != slot) { /* a subclass, which has seen to both */
+            unsync_free_any(unfuture);
+            return;
+        }
+        if (PyObject_CallFinalizerFromDealloc(unfuture)) return;
+        PyObject_GC_UnTrack(unfuture);
+        Py_TRASHCAN_BEGIN(unfuture, slot)
+        unsync_free_any(unfuture);
+        Py_TRASHCAN_END
+    }
+    """
+    destructor free_any "unsync_free_any"
+    void free_slowly "unsync_free_slowly"(PyObject *unfuture, destructor slot) noexcept
+
+
+cdef inline bint has_served(PyObject *unfuture) noexcept:
+    """Whether it is finished, refers to nothing that could refer to it, and stands in no line."""
+    cdef PyObject *nothing = <PyObject *>None
+    return (
+        Py_TYPE(unfuture) is <PyTypeObject *>Unfuture
+        and load(&(<Unfuture>unfuture)._status) == FINISHED
+        and (<PyObject **>(<char *>unfuture + weak_references))[0] is NULL
+        and <PyObject *>(<Unfuture>unfuture).link is nothing
+        and <PyObject *>(<Unfuture>unfuture)._chain is nothing
+        and <PyObject *>(<Unfuture>unfuture)._side is nothing
+        and <PyObject *>(<Unfuture>unfuture)._extra is nothing
+        and not is_container(<PyObject *>(<Unfuture>unfuture)._source)
+        and not is_container(<PyObject *>(<Unfuture>unfuture)._outcome)
+    )
+
+
+cdef void free_unfuture(PyObject *unfuture) noexcept:
+    """The type's `tp_dealloc`. No reference is left, and nothing here may take one."""
+    if not has_served(unfuture):
+        free_slowly(unfuture, free_unfuture)
+        return
+    PyObject_GC_UnTrack(unfuture)
+    Py_DECREF(<PyObject *>(<Unfuture>unfuture)._source)
+    Py_DECREF(<PyObject *>(<Unfuture>unfuture)._outcome)
+    for _ in range(4):
+        Py_DECREF(<PyObject *>None)  # that the other fields have; from 3.12 on it is immortal
+    PyObject_GC_Del(unfuture)
+
+
+cdef Py_ssize_t weak_references = (<PyTypeObject *>Unfuture).tp_weaklistoffset
+# Another interpreter's import finds the type with its slot set.
+if (<PyTypeObject *>Unfuture).tp_dealloc != free_unfuture:
+    free_any = (<PyTypeObject *>Unfuture).tp_dealloc
+    (<PyTypeObject *>Unfuture).tp_dealloc = free_unfuture
 
 
 def calls_elsewhere(str name, Py_ssize_t count):
