@@ -700,79 +700,102 @@ class ByHand(concurrent.futures.Executor):
         del self.jobs[:count]
 
 
-def lingering(in_order: bool, by_hand: ByHand) -> tuple[Stream[int], fan_out._Outlet[int]]:
-    """A stream of forty chunks, which seem to come back quickly."""
-    marked = unsync(plain, executor=by_hand)
-    stream = unsync.map(marked, range(40), chunksize=1, in_order=in_order)
-    channel = stream._channel
-    assert isinstance(channel, fan_out._Outlet)
-    assert len(by_hand.jobs) == 40
-    channel.lingers = True
-    return stream, channel
+class Lingering:
+    """A stream of forty chunks, which seem to come back quickly, and what its consumers took."""
+
+    def __init__(self, in_order: bool) -> None:
+        self.by_hand = ByHand()
+        marked = unsync(plain, executor=self.by_hand)
+        self.stream = unsync.map(marked, range(40), chunksize=1, in_order=in_order)
+        channel = self.stream._channel
+        assert isinstance(channel, fan_out._Outlet)
+        assert len(self.by_hand.jobs) == 40
+        channel.lingers = True
+        self.channel = channel
+        self.found: list[int] = []
+
+    def take_one(self) -> None:
+        self.found.append(next(self.stream))
+
+    def take_all(self) -> None:
+        for value in self.stream:
+            self.found.append(value)  # it is looked at meanwhile
+
+    def wait_for_consumers(self, count: int = 1) -> None:
+        wait_until(lambda: len(self.channel.waiters) == count, f"{count} to wait")
 
 
+@pytest.fixture
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consumers linger for longer than a test lasts."""
+    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
+
+
+@pytest.mark.usefixtures("no_hurry")
 @pytest.mark.parametrize("in_order", [True, False])
 def test_a_consumer_is_woken_once_for_chunks_that_come_back_quickly(
-    in_order: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    in_thread: Callable[[Callable[[], object]], threading.Thread],
+    in_order: bool, in_thread: Callable[[Callable[[], object]], threading.Thread]
 ) -> None:
-    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
-    by_hand = ByHand()
-    stream, channel = lingering(in_order, by_hand)
-    found: list[int] = []
-
-    def consume() -> None:
-        for value in stream:
-            found.append(value)  # noqa: PERF402  # it is looked at meanwhile
-
-    consumer = in_thread(consume)
-    wait_until(lambda: channel.waiters, "the consumer to wait")
-    by_hand.run(7)
-    assert channel.waiters
-    assert found == []
-    by_hand.run(1)
-    wait_until(lambda: len(found) == 8, "the first values")
+    work = Lingering(in_order)
+    consumer = in_thread(work.take_all)
+    work.wait_for_consumers()
+    work.by_hand.run(7)
+    assert work.channel.waiters
+    assert work.found == []
+    work.by_hand.run(1)
+    wait_until(lambda: len(work.found) == 8, "the first values")
     # There are less and less left, and the consumer must not keep the workers from them.
-    while by_hand.jobs:
-        wait_until(lambda: channel.waiters, "the consumer to wait")
-        by_hand.run(len(channel.parts) // 4 or 1)
+    while work.by_hand.jobs:
+        work.wait_for_consumers()
+        work.by_hand.run(len(work.channel.parts) // 4 or 1)
     consumer.join(PATIENCE)
-    assert found == [10 * x for x in range(40)]
+    assert work.found == [10 * x for x in range(40)]
 
 
 @pytest.mark.parametrize("in_order", [True, False])
 def test_a_consumer_does_not_wait_for_chunks_that_come_late(
     in_order: bool, in_thread: Callable[[Callable[[], object]], threading.Thread]
 ) -> None:
-    by_hand = ByHand()
-    stream, channel = lingering(in_order, by_hand)
-    found: list[int] = []
-    consumer = in_thread(lambda: found.append(next(stream)))
-    wait_until(lambda: channel.waiters, "the consumer to wait")
-    by_hand.run(1)
+    work = Lingering(in_order)
+    consumer = in_thread(work.take_one)
+    work.wait_for_consumers()
+    work.by_hand.run(1)
     consumer.join(PATIENCE)
-    assert found == [0]
-    stream.close()
+    assert work.found == [0]
+    work.stream.close()
 
 
+@pytest.mark.usefixtures("no_hurry")
 def test_the_first_chunk_ends_the_wait_of_several_consumers(
-    monkeypatch: pytest.MonkeyPatch,
     in_thread: Callable[[Callable[[], object]], threading.Thread],
 ) -> None:
-    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
-    by_hand = ByHand()
-    stream, channel = lingering(True, by_hand)
-    found: list[int] = []
-    consumers = [in_thread(lambda: found.append(next(stream))) for _ in range(2)]
-    wait_until(lambda: len(channel.waiters) == 2, "both consumers to wait")
-    by_hand.run(1)
-    wait_until(lambda: found, "the first value")
-    by_hand.run(39)
+    work = Lingering(in_order=True)
+    consumers = [in_thread(work.take_one) for _ in range(2)]
+    work.wait_for_consumers(2)
+    work.by_hand.run(1)
+    wait_until(lambda: work.found, "the first value")
+    work.by_hand.run(39)
     for consumer in consumers:
         consumer.join(PATIENCE)
-    assert sorted(found) == [0, 10]
-    stream.close()
+    assert sorted(work.found) == [0, 10]
+    work.stream.close()
+
+
+@pytest.mark.usefixtures("no_hurry")
+def test_in_order_a_consumer_is_woken_when_the_first_chunk_has_come(
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Lingering(in_order=True)
+    consumer = in_thread(work.take_one)
+    work.wait_for_consumers()
+    first = work.by_hand.jobs.pop(0)
+    work.by_hand.run(20)
+    assert work.channel.waiters
+    first()
+    consumer.join(PATIENCE)
+    assert work.found == [0]
+    assert [next(work.stream) for _ in range(20)] == [10 * x for x in range(1, 21)]
+    work.stream.close()
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -782,26 +805,6 @@ def test_for_calls_that_go_alone_no_consumer_lingers(in_order: bool) -> None:
     assert isinstance(channel, fan_out._Outlet)
     for _ in stream:
         assert not channel.lingers
-
-
-def test_in_order_a_consumer_is_woken_when_the_first_chunk_has_come(
-    monkeypatch: pytest.MonkeyPatch,
-    in_thread: Callable[[Callable[[], object]], threading.Thread],
-) -> None:
-    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
-    by_hand = ByHand()
-    stream, channel = lingering(True, by_hand)
-    found: list[int] = []
-    consumer = in_thread(lambda: found.append(next(stream)))
-    wait_until(lambda: channel.waiters, "the consumer to wait")
-    first = by_hand.jobs.pop(0)
-    by_hand.run(20)
-    assert channel.waiters
-    first()
-    consumer.join(PATIENCE)
-    assert found == [0]
-    assert [next(stream) for _ in range(20)] == [10 * x for x in range(1, 21)]
-    stream.close()
 
 
 @pytest.mark.parametrize("cls", [ThreadExecutor, concurrent.futures.ThreadPoolExecutor])

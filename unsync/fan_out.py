@@ -814,16 +814,18 @@ class _InOrder(_Outlet[T]):
     def first(self) -> _Part | None:
         return next(iter(self.parts), None)
 
-    def next_done(self) -> _Part | None:
+    def first_done(self) -> _Part | None:
         first = self.first()
-        if first is None or not first.is_done():
-            return None
-        del self.parts[first]
+        return first if first is not None and first.is_done() else None
+
+    def next_done(self) -> _Part | None:
+        first = self.first_done()
+        if first is not None:
+            del self.parts[first]
         return first
 
     def note(self, part: _Part) -> bool:
-        first = self.first()
-        return first is not None and first.is_done()
+        return self.first_done() is not None
 
     def wait(self) -> Unfuture[None] | bool:
         found = super().wait()
