@@ -423,14 +423,32 @@ def test_a_chunk_that_has_served_is_in_no_cycle(
         gc.enable()
 
 
-def test_a_call_whose_outcome_does_not_come_back_fails() -> None:
-    class Forgetful(concurrent.futures.Executor):
-        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            future.set_result((True, [5]))
-            return future
+class Afar(concurrent.futures.Executor):
+    """The test has the jobs in its hands, and says what comes back."""
 
-    first, *others = unsync.calls(unsync(plain, executor=Forgetful()), range(3), chunksize=3)
+    def __init__(self) -> None:
+        self.jobs: list[concurrent.futures.Future[Any]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        self.jobs.append(concurrent.futures.Future())
+        return self.jobs[-1]
+
+
+def test_whoever_is_told_of_a_call_finds_the_others_of_its_chunk_done() -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    found: list[list[bool]] = []
+    for call in (calls[0], calls[1]):
+        call.add_done_callback(lambda _: found.append([each.done() for each in calls]))
+    afar.jobs[0].set_result((True, [5, 6, 7]))
+    assert found == [[True, False, True], [True, True, True]]
+    assert [call.result(0) for call in calls] == [5, 6, 7]
+
+
+def test_a_call_whose_outcome_does_not_come_back_fails() -> None:
+    afar = Afar()
+    first, *others = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    afar.jobs[0].set_result((True, [5]))
     assert first.result(PATIENCE) == 5
     for call in others:
         with pytest.raises(RuntimeError, match="no outcome of plain came back"):
@@ -588,6 +606,58 @@ def test_a_chunk_all_of_whose_calls_are_cancelled_is_cancelled(
         assert unsync.stats().executors.cancelled - before.cancelled == 1
     assert [calls[3].result(PATIENCE), calls[5].result(PATIENCE)] == [30, 50]
     assert calls[4].cancelled()
+
+
+@pytest.mark.parametrize(
+    "cancel",
+    [
+        Unfuture.cancel,
+        lambda call: call.then(str).cancel(),
+        lambda call: call.concurrent_future.cancel(),
+        lambda call: asyncio.run(cancel_its_view(call)),
+    ],
+    ids=["itself", "what goes on from it", "a view", "a view of a loop"],
+)
+def test_however_the_calls_of_a_chunk_are_cancelled_it_is_cancelled_with_the_last(
+    cancel: Callable[[Unfuture[int]], object],
+) -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    for call in calls:
+        assert not afar.jobs[0].cancelled()
+        cancel(call)
+        assert call.cancelled()
+    assert afar.jobs[0].cancelled()
+
+
+async def cancel_its_view(call: Unfuture[int]) -> None:
+    call.future.cancel()
+
+
+def test_a_chunk_whose_calls_are_cancelled_from_several_threads_is_cancelled(
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(400), chunksize=4)
+    start = threading.Barrier(2)
+
+    def cancel(mine: list[Unfuture[int]]) -> None:
+        start.wait(PATIENCE)
+        for call in mine:
+            call.cancel()
+
+    list(threads.map(cancel, [calls[0::2], calls[1::2]]))
+    assert len(afar.jobs) == 100
+    assert all(job.cancelled() for job in afar.jobs)
+
+
+def test_a_chunk_one_of_whose_calls_was_done_by_hand_is_not_cancelled() -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    calls[1].set_result(5)
+    for call in (calls[0], calls[2]):
+        assert call.cancel()
+    assert not afar.jobs[0].cancelled()
 
 
 @pytest.mark.parametrize("in_order", [True, False])

@@ -294,7 +294,8 @@ cdef enum:
     MAPPING = 5  # the same of a `map`
     UNFUTURE = 6
     MIRROR = 7
-    NAME = 8  # of the function that was behind it, once it is done
+    SHARE = 8  # the `_Batch` that its call belongs to
+    NAME = 9  # of the function that was behind it, once it is done
 
 # A drain gives the loop back to its timers and I/O after this many seconds.
 cdef double DRAIN_SECONDS = 0.002
@@ -1007,9 +1008,19 @@ cdef name_behind(int kind, source, outcome):
         return outcome
     if kind == MIRROR:
         return source.function
+    if kind == SHARE:
+        return (<_Batch>source).name
     if kind == NAME:
         return source
     return None
+
+
+@cython.final
+cdef class _Batch:
+    """What the calls of one `calls_elsewhere` have in common; it does not change."""
+
+    cdef str name
+    cdef object on_cancel
 
 
 @cython.final
@@ -1644,6 +1655,8 @@ cdef class Unfuture(_Item):
                 if source.cancel(msg):
                     return True, None
             elif self.complete(CANCELLED, msg, PENDING):
+                if kind == SHARE:
+                    (<_Batch>source).on_cancel()
                 return True, source if kind == CONTINUATION or kind == MAPPING else None
             else:
                 return self.cancel_this(msg)  # it began or ended in between
@@ -1894,15 +1907,19 @@ cdef class Unfuture(_Item):
         In less than half the time; False, and nothing done, for any other.
         """
         cdef bint kept
+        batch = None  # held here, so that it is not dropped in the section
         lock(self)
         kept = (
             self._status == PENDING
-            and self._kind == NAME
+            and self._kind == SHARE
             and self._chain is None
             and self._side is None
             and self._generation == _generation
         )
         if kept:
+            batch = self._source
+            self._source = (<_Batch>batch).name
+            self._kind = NAME
             self._outcome = result  # it was None
             if PyObject_IS_GC(result):
                 track(self)
@@ -2333,27 +2350,38 @@ if (<PyTypeObject *>Unfuture).tp_dealloc != free_unfuture:
     (<PyTypeObject *>Unfuture).tp_dealloc = free_unfuture
 
 
-def calls_elsewhere(str name, Py_ssize_t count):
+def calls_elsewhere(str name, Py_ssize_t count, on_cancel):
     """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
 
     Whoever makes the calls holds them until they are done.
+
+    :param on_cancel: called, with nothing, by whoever has cancelled one that had not begun.
     """
     cdef Unfuture unfuture
     cdef list calls = []
+    cdef _Batch batch = _Batch.__new__(_Batch)
+    batch.name = name
+    batch.on_cancel = on_cancel
     for _ in range(count):
         unfuture = blank_on_its_way()
-        unfuture._source = name
-        unfuture._kind = NAME
+        unfuture._source = batch
+        unfuture._kind = SHARE
         calls.append(unfuture)
     return calls
 
 
 def finish_calls(list calls, list results):
-    """Gives each its result, unless it is done; those that there is no result for stay."""
+    """Gives each its result, unless it is done; those that there is no result for stay.
+
+    Whoever waits for one is told when all have theirs, and so finds the next ones done.
+    """
     cdef Unfuture unfuture
+    cdef list left = []
     for unfuture, result in zip(calls, results):
         if not unfuture.keep_result(result):
-            unfuture.complete(FINISHED, result, ANY)
+            left.append((unfuture, result))
+    for unfuture, result in left:
+        unfuture.complete(FINISHED, result, ANY)
 
 
 def are_all_of(values, frozenset types):

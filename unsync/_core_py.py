@@ -971,12 +971,25 @@ class _Job:
         self.context = context
 
 
+@final
+class _Batch:
+    """What the calls of one `calls_elsewhere` have in common; it does not change."""
+
+    __slots__ = ("name", "on_cancel")
+
+    def __init__(self, name: str, on_cancel: Callable[[], object]) -> None:
+        self.name = name
+        self.on_cancel = on_cancel
+
+
 def _name_behind(source: object) -> str | None:
     """The name of the function behind an Unfuture; None if there is none."""
     if isinstance(source, _Call):
         return name_of(source.coro)
     if isinstance(source, (_Job, _Continuation)):
         return name_of(source.function)
+    if isinstance(source, _Batch):
+        return source.name
     if isinstance(source, str):
         return source
     if isinstance(source, Mirror):
@@ -1040,7 +1053,17 @@ class Unfuture(Generic[T]):
     _traceback: TracebackType | None
     # What is behind a pending or running one: see cancel(). The name of the function that runs in
     # another thread, or that was behind a done one.
-    _source: _Call | _Job | _Continuation | asyncio.Task[Any] | Unfuture[Any] | Mirror | str | None
+    _source: (
+        _Call
+        | _Job
+        | _Continuation
+        | asyncio.Task[Any]
+        | Unfuture[Any]
+        | Mirror
+        | _Batch
+        | str
+        | None
+    )
     _chain: _Waiter | None
     _side: Waiters | None
 
@@ -1273,6 +1296,8 @@ class Unfuture(Generic[T]):
                 if source.cancel(msg):
                     return True, None
             elif self._complete(CANCELLED, msg, expected=PENDING):
+                if isinstance(source, _Batch):
+                    source.on_cancel()
                 return True, source.source if isinstance(source, _Continuation) else None
             else:
                 return self._cancel_this(msg)  # it began or ended in between
@@ -1716,20 +1741,33 @@ class Unfuture(Generic[T]):
             report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
 
 
-def calls_elsewhere(name: str, count: int) -> list[Unfuture[Any]]:
+def calls_elsewhere(name: str, count: int, on_cancel: Callable[[], object]) -> list[Unfuture[Any]]:
     """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
 
     Whoever makes the calls holds them until they are done.
+
+    :param on_cancel: called, with nothing, by whoever has cancelled one that had not begun.
     """
+    batch = _Batch(name, on_cancel)
     calls = [_blank(Unfuture) for _ in range(count)]
     for unfuture in calls:
-        unfuture._source = name
+        unfuture._source = batch
     return calls
 
 
 def finish_calls(calls: list[Unfuture[Any]], results: list[Any]) -> None:
-    """Gives each its result, unless it is done; those that there is no result for stay."""
+    """Gives each its result, unless it is done; those that there is no result for stay.
+
+    Whoever waits for one is told when all have theirs, and so finds the next ones done.
+    """
+    left: list[tuple[Unfuture[Any], Any]] = []
     for unfuture, result in zip(calls, results, strict=False):
+        # Whoever comes to wait in between is told at once.
+        if unfuture._chain is None and unfuture._side is None:
+            unfuture._complete(FINISHED, result)
+        else:
+            left.append((unfuture, result))
+    for unfuture, result in left:
         unfuture._complete(FINISHED, result)
 
 

@@ -387,14 +387,16 @@ class _Followed(_Chunk):
         super().__init__(*args)
         self.lock = threading.Lock()  # guards the calls until they are made
         self.calls: list[Unfuture[Any]] = []
+        # As long as there are calls that were cancelled. Under no lock: a finalizer may cancel one
+        # while its thread is at another.
+        self.cancelled: list[None] = []
         self.attended = False
 
     def made_calls(self) -> list[Unfuture[Any]]:
         """The Unfutures of the calls, made by the first who asks."""
         with self.lock:
             if not self.calls:
-                self.calls = calls_elsewhere(self.target.name, self.size)
-                self.watched = iter(self.calls)
+                self.calls = calls_elsewhere(self.target.name, self.size, self.lose)
             return self.calls
 
     def attend(self) -> list[Unfuture[Any]]:
@@ -402,19 +404,13 @@ class _Followed(_Chunk):
         calls = self.made_calls()
         self.attended = True
         self.follow()
-        self.watch(None)
         return calls
 
-    def watch(self, _: object) -> None:
-        """Cancels the job when all calls are cancelled: waits for one after the other."""
-        if not self.calls:
-            return  # the job is done
-        for call in self.watched:
-            if not call.cancelled():
-                if not call.done():
-                    when_done(call, self.watch)
-                return
-        self.job.cancel()
+    def lose(self) -> None:
+        """One of its calls was cancelled; the last one takes the job with it."""
+        self.cancelled.append(None)
+        if len(self.cancelled) == self.size:
+            self.job.cancel()
 
     def __call__(self) -> None:
         calls = self.made_calls()
