@@ -89,6 +89,7 @@ bench: $(VENV)/.bench
 bench-service: $(VENV)/.bench
 	.ci/databases
 	PYTHONPATH=bench:tests $(BIN)/python -m service $(SERVICE)
+	PYTHONPATH=bench:tests $(BIN)/python -m service --pinned $(SERVICE)
 	PYTHONPATH=bench:tests $(BIN)/python -m service.tables
 
 bench-micro: $(VENV)/.unsync $(VENV)/.test $(VENV)/.bench

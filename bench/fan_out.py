@@ -28,7 +28,7 @@ def nothing(x: int) -> int:
 
 
 def little(x: int) -> int:
-    """Some five microseconds of work."""
+    """A microsecond or two of work."""
     return x + 1 + 0 * sum(range(250))
 
 

@@ -1,13 +1,15 @@
 """Measures real services with each way to call, and writes what came out.
 
-    PYTHONPATH=bench:tests python -m service [--quick] [--rounds N] [--only APPLICATION/WAY ...]
+    PYTHONPATH=bench:tests python -m service [--pinned] [--quick] [--only APPLICATION/WAY ...]
 
 PostgreSQL, Redis and another service are started for the while, on loopback, with data of their
-own; they are gone afterwards, also on Ctrl-C. Each application runs under its real server, which
-has a core for itself; wrk, on the others, loads it and checks every response. In every round each
-way has its turn, with a server of its own, in an order that shifts by one from round to round.
+own; they are gone afterwards, also on Ctrl-C. Each application runs under its real server; wrk
+loads it and checks every response. All share all cores; or, pinned, the server has one core for
+itself, and everything else the others. In every round each way has its turn, with a server of its
+own, in an order that shifts by one from round to round.
 
-The figures go to `results/services.json`, the tables and the chart into the docs: see `tables.py`.
+The figures go to `results/services.json` and `services-pinned.json`, the tables and the chart into
+the docs: see `tables.py`.
 """
 
 from __future__ import annotations
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="turns of each way; 3, quick 1")
     parser.add_argument("--seconds", type=float, help="that a row is measured for; 2.5, quick 1")
     parser.add_argument("--only", nargs="+", choices=configurations(), metavar="APPLICATION/WAY")
-    parser.add_argument("--unpinned", action="store_true", help="all servers share all cores")
+    parser.add_argument("--pinned", action="store_true", help="the server has a core for itself")
     parser.add_argument("--unfrozen", action="store_true", help="servers start without gc.freeze()")
     parser.add_argument("--environments", type=Path, default=compare.CHECKOUT / ".venv-bench")
     parser.add_argument("--python", type=Path, help="has all packages; no environment is made")
@@ -170,7 +172,7 @@ def main() -> None:
                 made = options.environments / f"{name}-{SERIES}"
                 python = options.python or compare.install(made, ENVIRONMENTS[name])
                 pythons[name] = python.absolute()  # the servers run in a folder of their own
-        core = None if options.unpinned else running.split_cores()
+        core = running.split_cores() if options.pinned else None
         # First: in it, SIGTERM also is an exception, and so everything else ends well.
         found = stack.enter_context(databases.databases())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unsync-services-")))
@@ -234,7 +236,7 @@ def main() -> None:
         },
     }
     whole = not options.only and not options.quick
-    path = options.output or (tables.RESULTS if whole else None)
+    path = options.output or (tables.RESULTS[core is not None] if whole else None)
     if path is not None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
@@ -242,7 +244,7 @@ def main() -> None:
     for application in results["services"]:
         print(tables.table(results, application))
     if whole:
-        print(tables.targets(results))
+        print(tables.targets(reached=results))
     sys.exit(1 if failed else 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-CONNECTIONS = 32  # that wrk holds; each asks again when it has its answer
+CONNECTIONS = 16  # that wrk holds, one for each thread; each asks again when it has its answer
 THREADS = 16  # of gunicorn's worker, and of each pool
 
 LIBRARIES = (

@@ -18,7 +18,11 @@ from report import Results, markdown, number
 
 from service.plan import APPLICATIONS, NOISE, OURS, TARGETS
 
-RESULTS = report.RESULTS / "services.json"
+# By whether the server had a core for itself.
+RESULTS = {
+    False: report.RESULTS / "services.json",
+    True: report.RESULTS / "services-pinned.json",
+}
 PAGE = report.CHECKOUT / "docs" / "services.md"
 CHART = report.CHECKOUT / "docs" / "services.svg"
 
@@ -133,19 +137,20 @@ def _against_the_best(
     return f"{least:.2f}x", f"{ratio:.2f}x {plan.ways[first].label}", ratio >= least
 
 
-def targets(results: Results) -> str:
-    lines = [["target", "asked", "reached", ""]]
-    lines += [
-        [what, asked, got, "" if enough else "missed"]
-        for what, asked, got, enough in verdicts(results)
-    ]
+def targets(**measured: Results) -> str:
+    """:param measured: the results, by the head of their column."""
+    lines = [["target", "asked", *(head.replace("_", " ") for head in measured)]]
+    for several in zip(*map(verdicts, measured.values()), strict=True):
+        what, asked, *_ = several[0]
+        reached = [got if enough else f"{got}: missed" for _, _, got, enough in several]
+        lines.append([what, asked, *reached])
     return markdown(lines)
 
 
 def caption(results: Results) -> str:
     machine = results["machine"]
     told = ", ".join(f"{name} {text}" for name, text in sorted(results["versions"].items()))
-    where = "with one core for the server" if results["pinned"] else "which all servers shared"
+    where = "one of them for the server" if results["pinned"] else "which all processes share"
     heap = "what is made at start frozen" if results["frozen"] else "nothing frozen"
     return (
         f"Measured on {results['date']} with CPython {results['python']} on {machine['cores']} "
@@ -155,15 +160,19 @@ def caption(results: Results) -> str:
     )
 
 
-def pages(results: Results) -> dict[str, str]:
+def pages(shared: Results, pinned: Results) -> dict[str, str]:
     """What stands between the markers of the page."""
-    parts = {application: table(results, application) for application in APPLICATIONS}
-    return {"caption": caption(results), **parts, "targets": targets(results)}
+    parts = {"targets": targets(cores_shared=shared, a_core_for_the_server=pinned)}
+    for prefix, results in (("", shared), ("pinned-", pinned)):
+        parts[f"{prefix}caption"] = caption(results)
+        for application in APPLICATIONS:
+            parts[f"{prefix}{application}"] = table(results, application)
+    return parts
 
 
-def write_page(results: Results) -> None:
+def write_page(shared: Results, pinned: Results) -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name, content in pages(results).items():
+    for name, content in pages(shared, pinned).items():
         text = report.insert(text, name, content)
     PAGE.write_text(text, encoding="utf-8")
 
@@ -199,11 +208,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.check:
         results = report.load(options.check)
-        print(targets(results))
+        print(targets(reached=results))
         sys.exit(not all(enough for *_, enough in verdicts(results)))
-    results = report.load(RESULTS)
-    write_page(results)
-    chart(results)
+    shared, pinned = (report.load(RESULTS[each]) for each in (False, True))
+    write_page(shared, pinned)
+    chart(shared)
 
 
 if __name__ == "__main__":
