@@ -220,7 +220,7 @@ def test_every_target_names_what_exists() -> None:
 
 def test_the_page_shows_what_was_measured() -> None:
     text = tables.PAGE.read_text(encoding="utf-8")
-    shared, pinned = (tables.report.load(tables.RESULTS[each]) for each in (False, True))
-    for name, content in tables.pages(shared, pinned).items():
+    measured = map(tables.report.load, (tables.SHARED, tables.PINNED))
+    for name, content in tables.pages(*measured).items():
         shown = tables.report.insert(text, name, content)
         assert shown == text, "run `python -m service.tables`"

@@ -400,7 +400,7 @@ class _Followed(_Chunk):
             return self.calls
 
     def attend(self) -> list[Unfuture[Any]]:
-        """Has the calls done when the job is, and the job cancelled when they are."""
+        """The calls, which are done when the job is."""
         calls = self.made_calls()
         self.attended = True
         self.follow()

@@ -236,7 +236,8 @@ def main() -> None:
         },
     }
     whole = not options.only and not options.quick
-    path = options.output or (tables.RESULTS[core is not None] if whole else None)
+    shown = tables.SHARED if core is None else tables.PINNED
+    path = options.output or (shown if whole else None)
     if path is not None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
@@ -244,7 +245,7 @@ def main() -> None:
     for application in results["services"]:
         print(tables.table(results, application))
     if whole:
-        print(tables.targets(reached=results))
+        print(tables.targets({"reached": results}))
     sys.exit(1 if failed else 0)
 
 

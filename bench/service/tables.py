@@ -18,11 +18,8 @@ from report import Results, markdown, number
 
 from service.plan import APPLICATIONS, NOISE, OURS, TARGETS
 
-# By whether the server had a core for itself.
-RESULTS = {
-    False: report.RESULTS / "services.json",
-    True: report.RESULTS / "services-pinned.json",
-}
+SHARED = report.RESULTS / "services.json"
+PINNED = report.RESULTS / "services-pinned.json"
 PAGE = report.CHECKOUT / "docs" / "services.md"
 CHART = report.CHECKOUT / "docs" / "services.svg"
 
@@ -137,9 +134,9 @@ def _against_the_best(
     return f"{least:.2f}x", f"{ratio:.2f}x {plan.ways[first].label}", ratio >= least
 
 
-def targets(**measured: Results) -> str:
+def targets(measured: dict[str, Results]) -> str:
     """:param measured: the results, by the head of their column."""
-    lines = [["target", "asked", *(head.replace("_", " ") for head in measured)]]
+    lines = [["target", "asked", *measured]]
     for several in zip(*map(verdicts, measured.values()), strict=True):
         what, asked, *_ = several[0]
         reached = [got if enough else f"{got}: missed" for _, _, got, enough in several]
@@ -162,7 +159,7 @@ def caption(results: Results) -> str:
 
 def pages(shared: Results, pinned: Results) -> dict[str, str]:
     """What stands between the markers of the page."""
-    parts = {"targets": targets(cores_shared=shared, a_core_for_the_server=pinned)}
+    parts = {"targets": targets({"cores shared": shared, "a core for the server": pinned})}
     for prefix, results in (("", shared), ("pinned-", pinned)):
         parts[f"{prefix}caption"] = caption(results)
         for application in APPLICATIONS:
@@ -208,10 +205,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.check:
         results = report.load(options.check)
-        print(targets(reached=results))
+        print(targets({"reached": results}))
         sys.exit(not all(enough for *_, enough in verdicts(results)))
-    shared, pinned = (report.load(RESULTS[each]) for each in (False, True))
-    write_page(shared, pinned)
+    shared = report.load(SHARED)
+    write_page(shared, report.load(PINNED))
     chart(shared)
 
 
