@@ -299,6 +299,39 @@ def test_a_chunk_that_an_interrupt_leaves_is_counted_to_its_end(
     assert unsync.stats().executors.started == before.started + 1
 
 
+def test_chunks_that_an_interrupt_leaves_are_not_kept(
+    single: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[fan_out._Followed]] = []
+    submit = single.submit
+
+    def interrupted(call: Any) -> concurrent.futures.Future[Any]:
+        made.append(weakref.ref(call._function))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return submit(call)
+
+    monkeypatch.setattr(single, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unsync.calls(unsync(plain, executor=single), range(6), chunksize=2)
+    assert len(made) == 2
+    wait_until_gone(*made)
+
+
+@pytest.mark.parametrize("is_at_work", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(
+    threads: concurrent.futures.ThreadPoolExecutor, is_at_work: bool
+) -> None:
+    was_at_work = gc.isenabled()
+    try:
+        (gc.enable if is_at_work else gc.disable)()
+        calls = unsync.calls(unsync(plain, executor=threads), range(9), chunksize=2)
+        assert gc.isenabled() == is_at_work
+    finally:
+        (gc.enable if was_at_work else gc.disable)()
+    assert [call.result(PATIENCE) for call in calls] == [plain(x) for x in range(9)]
+
+
 @pytest.mark.usefixtures("pool")
 def test_each_call_of_a_chunk_has_its_own_outcome() -> None:
     given = [1, "raise", threading.Lock(), Broken(), "exit", "unmade", "lambda", "broken", "pid", 2]

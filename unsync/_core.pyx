@@ -260,10 +260,15 @@ cdef extern from *:
       static int has_room(void) { return 1; }
     #endif
 
+    /* Only where no other thread could do so at the same time. */
     #ifdef Py_GIL_DISABLED
       #define UNSYNC_WITH_GIL 0
+      #define unsync_pause_collector() 0
+      #define unsync_resume_collector() ((void)0)
     #else
       #define UNSYNC_WITH_GIL 1
+      #define unsync_pause_collector() PyGC_Disable()
+      #define unsync_resume_collector() PyGC_Enable()
     #endif
     """
     int bell_open() noexcept
@@ -273,6 +278,8 @@ cdef extern from *:
     void step_aside() noexcept nogil
     bint has_room() noexcept
     bint WITH_GIL "UNSYNC_WITH_GIL"
+    bint pause_collector "unsync_pause_collector"() noexcept  # whether it was at work
+    void resume_collector "unsync_resume_collector"() noexcept
 
 # The states, as in `_common`.
 cdef enum:
@@ -1017,7 +1024,7 @@ cdef name_behind(int kind, source, outcome):
 
 @cython.final
 cdef class _Batch:
-    """What the calls of one `calls_elsewhere` have in common; it does not change."""
+    """What calls that go together have in common; it does not change."""
 
     cdef str name
     cdef object on_cancel
@@ -2350,24 +2357,37 @@ if (<PyTypeObject *>Unfuture).tp_dealloc != free_unfuture:
     (<PyTypeObject *>Unfuture).tp_dealloc = free_unfuture
 
 
-def calls_elsewhere(str name, Py_ssize_t count, on_cancel):
+def calls_elsewhere(str name, list shares):
     """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
 
-    Whoever makes the calls holds them until they are done.
+    A list of them for each share. Whoever makes the calls holds it until they are done.
 
-    :param on_cancel: called, with nothing, by whoever has cancelled one that had not begun.
+    :param shares: how many calls go together, and what is called, with nothing, by whoever has
+        cancelled one of them that had not begun.
     """
     cdef Unfuture unfuture
-    cdef list calls = []
-    cdef _Batch batch = _Batch.__new__(_Batch)
-    batch.name = name
-    batch.on_cancel = on_cancel
-    for _ in range(count):
-        unfuture = blank_on_its_way()
-        unfuture._source = batch
-        unfuture._kind = SHARE
-        calls.append(unfuture)
-    return calls
+    cdef _Batch batch
+    cdef Py_ssize_t count
+    cdef list calls, made = []
+    # It would look around after each few hundred of them, and there is nothing to find.
+    cdef bint collects = pause_collector()
+    try:
+        for count, on_cancel in shares:
+            batch = _Batch.__new__(_Batch)
+            batch.name = name
+            batch.on_cancel = on_cancel
+            calls = []
+            for _ in range(count):
+                unfuture = blank_on_its_way()
+                unfuture._source = batch
+                unfuture._kind = SHARE
+                calls.append(unfuture)
+            PyObject_GC_UnTrack(<PyObject *>calls)  # as they are
+            made.append(calls)
+    finally:
+        if collects:
+            resume_collector()
+    return made
 
 
 def finish_calls(list calls, list results):
@@ -2375,13 +2395,17 @@ def finish_calls(list calls, list results):
 
     Whoever waits for one is told when all have theirs, and so finds the next ones done.
     """
+    cdef Py_ssize_t place
+    cdef Py_ssize_t count = min(len(calls), len(results))
     cdef Unfuture unfuture
     cdef list left = []
-    for unfuture, result in zip(calls, results):
-        if not unfuture.keep_result(result):
-            left.append((unfuture, result))
-    for unfuture, result in left:
-        unfuture.complete(FINISHED, result, ANY)
+    for place in range(count):
+        unfuture = calls[place]
+        if not unfuture.keep_result(results[place]):
+            left.append(place)
+    for place in left:
+        unfuture = calls[place]
+        unfuture.complete(FINISHED, results[place], ANY)
 
 
 def are_all_of(values, frozenset types):

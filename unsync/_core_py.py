@@ -973,7 +973,7 @@ class _Job:
 
 @final
 class _Batch:
-    """What the calls of one `calls_elsewhere` have in common; it does not change."""
+    """What calls that go together have in common; it does not change."""
 
     __slots__ = ("name", "on_cancel")
 
@@ -1741,18 +1741,24 @@ class Unfuture(Generic[T]):
             report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
 
 
-def calls_elsewhere(name: str, count: int, on_cancel: Callable[[], object]) -> list[Unfuture[Any]]:
+def calls_elsewhere(
+    name: str, shares: list[tuple[int, Callable[[], object]]]
+) -> list[list[Unfuture[Any]]]:
     """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
 
-    Whoever makes the calls holds them until they are done.
+    A list of them for each share. Whoever makes the calls holds it until they are done.
 
-    :param on_cancel: called, with nothing, by whoever has cancelled one that had not begun.
+    :param shares: how many calls go together, and what is called, with nothing, by whoever has
+        cancelled one of them that had not begun.
     """
-    batch = _Batch(name, on_cancel)
-    calls = [_blank(Unfuture) for _ in range(count)]
-    for unfuture in calls:
-        unfuture._source = batch
-    return calls
+    made: list[list[Unfuture[Any]]] = []
+    for count, on_cancel in shares:
+        batch = _Batch(name, on_cancel)
+        calls = [_blank(Unfuture) for _ in range(count)]
+        for unfuture in calls:
+            unfuture._source = batch
+        made.append(calls)
+    return made
 
 
 def finish_calls(calls: list[Unfuture[Any]], results: list[Any]) -> None:

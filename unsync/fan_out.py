@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import functools
 import os
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -132,27 +131,28 @@ def make_calls(
 ) -> list[Unfuture[Any]]:
     """What `unsync.calls()` gives."""
     _check("calls", iterables, chunksize)
-    # Before anything is called: it may raise.
-    items = list(target.read(iterables))
-    if chunksize is None:
-        chunksize = _share(len(items), target.workers)
+    # Everything is read before anything is called: it may raise.
+    items = target.read(iterables)
     if target.route is None:
-        return _call_each(target.function, items)
+        return _call_each(target.function, [*items])
+    if chunksize is None:
+        read = [*items]
+        chunksize = _share(len(read), target.workers)
+        items = iter(read)
     chunks: list[_Followed] = []
+    while part := [*islice(items, chunksize)]:
+        chunks.append(_Followed(target, part))
+    shares = calls_elsewhere(target.name, [(chunk.size, chunk.lose) for chunk in chunks])
     try:
-        for start in range(0, len(items), chunksize):
-            chunk = _Followed(target, items[start : start + chunksize])
+        for chunk, calls in zip(chunks, shares, strict=True):
+            chunk.calls = calls
             chunk.launch(target.route)
-            chunks.append(chunk)
-        # While the first are at work already.
-        calls: list[Unfuture[Any]] = []
-        for chunk in chunks:
-            calls += chunk.attend()
-        return calls
+            chunk.follow()
     except BaseException:
         for chunk in chunks:
             chunk.drop()  # an interrupt: nobody will hear of these
         raise
+    return [*chain.from_iterable(shares)]
 
 
 def _call_each(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Unfuture[Any]]:
@@ -265,7 +265,7 @@ class _Chunk(_travel.Bundle):
     served.
     """
 
-    job: _Job
+    job: _Job = _SERVED
     dropped = False
 
     def __init__(self, target: Target, items: list[Any]) -> None:
@@ -383,28 +383,14 @@ class _Chunk(_travel.Bundle):
 class _Followed(_Chunk):
     """One whose calls have Unfutures."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.lock = threading.Lock()  # guards the calls until they are made
+    followed = False
+
+    def __init__(self, target: Target, items: list[Any]) -> None:
+        super().__init__(target, items)
         self.calls: list[Unfuture[Any]] = []
         # As long as there are calls that were cancelled. Under no lock: a finalizer may cancel one
         # while its thread is at another.
         self.cancelled: list[None] = []
-        self.attended = False
-
-    def made_calls(self) -> list[Unfuture[Any]]:
-        """The Unfutures of the calls, made by the first who asks."""
-        with self.lock:
-            if not self.calls:
-                self.calls = calls_elsewhere(self.target.name, self.size, self.lose)
-            return self.calls
-
-    def attend(self) -> list[Unfuture[Any]]:
-        """The calls, which are done when the job is."""
-        calls = self.made_calls()
-        self.attended = True
-        self.follow()
-        return calls
 
     def lose(self) -> None:
         """One of its calls was cancelled; the last one takes the job with it."""
@@ -413,8 +399,7 @@ class _Followed(_Chunk):
             self.job.cancel()
 
     def __call__(self) -> None:
-        calls = self.made_calls()
-        for call, args in zip(calls, self.target.arguments(self.items), strict=True):
+        for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
             try:
                 if not call.set_running_or_notify_cancel():
                     continue
@@ -422,10 +407,14 @@ class _Followed(_Chunk):
                 continue  # somebody has set its outcome
             call._complete(*self.make(args))
 
+    def follow(self) -> None:
+        self.followed = True
+        super().follow()
+
     def drop(self) -> None:
         super().drop()
-        if not self.attended:
-            self.follow()  # to count its end
+        if not self.followed:
+            self.follow()  # to count its end, and to let go of its calls, which refer to it
 
     def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
         """Gives the calls their outcomes, unless they have them."""
