@@ -2369,7 +2369,7 @@ def calls_elsewhere(str name, list shares):
     cdef _Batch batch
     cdef Py_ssize_t count
     cdef list calls, made = []
-    # It would look around after each few hundred of them, and there is nothing to find.
+    # The garbage collector would look around after each few hundred, and find nothing.
     cdef bint collects = pause_collector()
     try:
         for count, on_cancel in shares:
@@ -2382,7 +2382,7 @@ def calls_elsewhere(str name, list shares):
                 unfuture._source = batch
                 unfuture._kind = SHARE
                 calls.append(unfuture)
-            PyObject_GC_UnTrack(<PyObject *>calls)  # as they are
+            PyObject_GC_UnTrack(<PyObject *>calls)  # it need not look at this one either
             made.append(calls)
     finally:
         if collects:

@@ -59,7 +59,7 @@ _LINGER = 0.001
 
 _PLAIN: frozenset[type] = frozenset(_travel._PLAIN)
 
-# The job of a chunk that has served.
+# The job of a chunk that has served, or was not launched yet.
 _SERVED: concurrent.futures.Future[None] = concurrent.futures.Future()
 _SERVED.set_result(None)
 
