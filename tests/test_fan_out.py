@@ -232,7 +232,7 @@ def test_values_come_in_order_or_as_their_calls_are_done(
         assert list(stream) == [0]
         gates[0].clear()
         stream = unsync.map(marked, range(2), chunksize=1)
-        wait_until(lambda stream=stream: [*stream._channel.parts][1].job.done())  # type: ignore[misc]
+        wait_until(lambda stream=stream: [*stream._channel.parts][1].is_done())  # type: ignore[misc]
         gates[0].set()
         assert list(stream) == [0, 1]
 
@@ -460,10 +460,11 @@ class Afar(concurrent.futures.Executor):
     """The test has the jobs in its hands, and says what comes back."""
 
     def __init__(self) -> None:
+        self.make: type[concurrent.futures.Future[Any]] = concurrent.futures.Future
         self.jobs: list[concurrent.futures.Future[Any]] = []
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-        self.jobs.append(concurrent.futures.Future())
+        self.jobs.append(self.make())
         return self.jobs[-1]
 
 
@@ -476,6 +477,37 @@ def test_whoever_is_told_of_a_call_finds_the_others_of_its_chunk_done() -> None:
     afar.jobs[0].set_result((True, [5, 6, 7]))
     assert found == [[True, False, True], [True, True, True]]
     assert [call.result(0) for call in calls] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("in_order", [True, None])
+def test_an_interrupt_while_a_chunk_comes_back_is_not_its_outcome(in_order: bool | None) -> None:
+    class Interrupted(concurrent.futures.Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return super().result(timeout)
+
+        interrupts = True
+
+    afar = Afar()
+    afar.make = Interrupted
+    work = unsync(plain, executor=afar)
+    before = unsync.stats().executors
+    if in_order is None:
+        calls = unsync.calls(work, range(3), chunksize=3)
+    else:
+        stream = unsync.map(work, range(3), chunksize=3, in_order=in_order)
+    (job,) = afar.jobs
+    assert isinstance(job, Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.set_result((True, [5, 6, 7]))
+    assert unsync.stats().executors.pending == before.pending + 1
+    # What it had to do is left to do: here another who waits for the job does it.
+    job.interrupts = False
+    job.add_done_callback(job._done_callbacks[0])  # type: ignore[attr-defined]
+    values = [call.result(0) for call in calls] if in_order is None else [*stream]
+    assert values == [5, 6, 7]
+    assert unsync.stats().executors.pending == before.pending
 
 
 def test_a_call_whose_outcome_does_not_come_back_fails() -> None:

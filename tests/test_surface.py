@@ -25,13 +25,12 @@ HAS_COMPILED = (
 )
 needs_compiled = pytest.mark.skipif(not HAS_COMPILED, reason="no compiled core was built")
 
-CLASSES = ["Counter", "JobQueue", "Launcher", "Mailbox", "Route", "Unfuture"]
+CLASSES = ["Batch", "Counter", "JobQueue", "Launcher", "Mailbox", "Route", "Unfuture"]
 FUNCTIONS = [
     "after_fork",
     "are_all_of",
     "call_each",
-    "calls_elsewhere",
-    "finish_calls",
+    "fill_batches",
     "in_home_thread",
     "set_home",
     "when_done",

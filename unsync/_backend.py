@@ -15,6 +15,7 @@ __all__ = [
     "BIND_CLASS",
     "BIND_INSTANCE",
     "BIND_NOTHING",
+    "Batch",
     "Counter",
     "JobQueue",
     "Launcher",
@@ -24,8 +25,7 @@ __all__ = [
     "after_fork",
     "are_all_of",
     "call_each",
-    "calls_elsewhere",
-    "finish_calls",
+    "fill_batches",
     "in_home_thread",
     "set_home",
     "when_done",
@@ -61,6 +61,7 @@ else:
 BIND_CLASS = _core.BIND_CLASS
 BIND_INSTANCE = _core.BIND_INSTANCE
 BIND_NOTHING = _core.BIND_NOTHING
+Batch = _core.Batch
 Counter = _core.Counter
 JobQueue = _core.JobQueue
 Launcher = _core.Launcher
@@ -70,8 +71,7 @@ Unfuture = _core.Unfuture
 after_fork = _core.after_fork
 are_all_of = _core.are_all_of
 call_each = _core.call_each
-calls_elsewhere = _core.calls_elsewhere
-finish_calls = _core.finish_calls
+fill_batches = _core.fill_batches
 in_home_thread = _core.in_home_thread
 set_home = _core.set_home
 when_done = _core.when_done

@@ -301,7 +301,7 @@ cdef enum:
     MAPPING = 5  # the same of a `map`
     UNFUTURE = 6
     MIRROR = 7
-    SHARE = 8  # the `_Batch` that its call belongs to
+    SHARE = 8  # the `Batch` that its call belongs to
     NAME = 9  # of the function that was behind it, once it is done
 
 # A drain gives the loop back to its timers and I/O after this many seconds.
@@ -1016,18 +1016,10 @@ cdef name_behind(int kind, source, outcome):
     if kind == MIRROR:
         return source.function
     if kind == SHARE:
-        return (<_Batch>source).name
+        return (<Batch>source).name
     if kind == NAME:
         return source
     return None
-
-
-@cython.final
-cdef class _Batch:
-    """What calls that go together have in common; it does not change."""
-
-    cdef str name
-    cdef object on_cancel
 
 
 @cython.final
@@ -1663,7 +1655,7 @@ cdef class Unfuture(_Item):
                     return True, None
             elif self.complete(CANCELLED, msg, PENDING):
                 if kind == SHARE:
-                    (<_Batch>source).on_cancel()
+                    (<Batch>source).lose()
                 return True, source if kind == CONTINUATION or kind == MAPPING else None
             else:
                 return self.cancel_this(msg)  # it began or ended in between
@@ -1909,7 +1901,7 @@ cdef class Unfuture(_Item):
         return True
 
     cdef bint keep_result(self, result) noexcept:
-        """What `complete` comes to for a call from `calls_elsewhere` that nobody waits for yet.
+        """What `complete` comes to for a call from `fill_batches` that nobody waits for yet.
 
         In less than half the time; False, and nothing done, for any other.
         """
@@ -1925,7 +1917,7 @@ cdef class Unfuture(_Item):
         )
         if kept:
             batch = self._source
-            self._source = (<_Batch>batch).name
+            self._source = (<Batch>batch).name
             self._kind = NAME
             self._outcome = result  # it was None
             if PyObject_IS_GC(result):
@@ -2357,57 +2349,6 @@ if (<PyTypeObject *>Unfuture).tp_dealloc != free_unfuture:
     (<PyTypeObject *>Unfuture).tp_dealloc = free_unfuture
 
 
-def calls_elsewhere(str name, list shares):
-    """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
-
-    A list of them for each share. Whoever makes the calls holds it until they are done.
-
-    :param shares: how many calls go together, and what is called, with nothing, by whoever has
-        cancelled one of them that had not begun.
-    """
-    cdef Unfuture unfuture
-    cdef _Batch batch
-    cdef Py_ssize_t count
-    cdef list calls, made = []
-    # The garbage collector would look around after each few hundred, and find nothing.
-    cdef bint collects = pause_collector()
-    try:
-        for count, on_cancel in shares:
-            batch = _Batch.__new__(_Batch)
-            batch.name = name
-            batch.on_cancel = on_cancel
-            calls = []
-            for _ in range(count):
-                unfuture = blank_on_its_way()
-                unfuture._source = batch
-                unfuture._kind = SHARE
-                calls.append(unfuture)
-            PyObject_GC_UnTrack(<PyObject *>calls)  # it need not look at this one either
-            made.append(calls)
-    finally:
-        if collects:
-            resume_collector()
-    return made
-
-
-def finish_calls(list calls, list results):
-    """Gives each its result, unless it is done; those that there is no result for stay.
-
-    Whoever waits for one is told when all have theirs, and so finds the next ones done.
-    """
-    cdef Py_ssize_t place
-    cdef Py_ssize_t count = min(len(calls), len(results))
-    cdef Unfuture unfuture
-    cdef list left = []
-    for place in range(count):
-        unfuture = calls[place]
-        if not unfuture.keep_result(results[place]):
-            left.append(place)
-    for place in left:
-        unfuture = calls[place]
-        unfuture.complete(FINISHED, results[place], ANY)
-
-
 def are_all_of(values, frozenset types):
     """Whether each of them is of one of these types, and of no subtype."""
     # Most are of the same type as the one before.
@@ -2480,6 +2421,166 @@ cdef class Counter:
         cancelled = self._cancelled
         unlock(self)
         return started, finished, failed, cancelled, started - finished - failed - cancelled
+
+
+cdef class Batch:
+    """Calls of one function that go together, as one job for an executor that is not ours.
+
+    A subclass sends the job, has `end` called when it is done, and says what then becomes of calls
+    that did not simply give their results.
+
+    :param name: of the function.
+    :param items: what the calls are made with; without them it has let go of everything.
+    """
+
+    cdef readonly str name
+    cdef readonly Py_ssize_t size  # how many calls
+    # Where the job's end is counted, if that is not done elsewhere. Set before `end` can be called.
+    cdef public Counter counter
+    # These belong to the section.
+    cdef object _job
+    cdef list _items, _calls
+    cdef Py_ssize_t _cancelled  # how many of the calls were
+
+    def __init__(self, str name, list items):
+        self.name = name
+        self.size = len(items)
+        self._items = items
+
+    @property
+    def job(self):
+        """The future of what was sent, until it has served; else None."""
+        lock(self)
+        job = self._job
+        unlock(self)
+        return job
+
+    @job.setter
+    def job(self, job):
+        lock(self)
+        self._job, job = job, self._job
+        unlock(self)
+
+    @property
+    def items(self):
+        lock(self)
+        items = self._items
+        unlock(self)
+        return [] if items is None else items
+
+    @property
+    def calls(self):
+        """Their Unfutures, from `fill_batches` on."""
+        lock(self)
+        calls = self._calls
+        unlock(self)
+        return [] if calls is None else calls
+
+    def let_go(self):
+        """Of its job, which keeps what it calls when done, and of all else; gives the calls."""
+        cdef list items = None
+        cdef list calls = None
+        job = None
+        lock(self)
+        self._job, job = job, self._job
+        self._items, items = items, self._items
+        self._calls, calls = calls, self._calls
+        unlock(self)
+        return [] if calls is None else calls
+
+    cdef int lose(self) except -1:
+        """One of the calls was cancelled before it began; the last one takes the job with it."""
+        cdef bint is_last
+        job = None
+        lock(self)
+        self._cancelled += 1
+        is_last = self._cancelled == self.size
+        if is_last:
+            job = self._job
+        unlock(self)
+        if job is not None:
+            job.cancel()
+        return 0
+
+    def end(self, job):
+        """The job is done, says the thread that finished it.
+
+        If it gives True and a result for each call, the calls have them at once.
+        """
+        try:
+            came_back = job.result()
+        except BaseException as exc:
+            self.fail(job, exc)
+            return
+        if self.counter is not None:
+            self.counter.end(False, False)
+        if self.are_results(came_back):
+            finish_calls(self.let_go(), (<tuple>came_back)[1])
+        else:
+            self.arrive(came_back)
+
+    cdef bint are_results(self, came_back) except -1:
+        cdef bint has_calls
+        lock(self)
+        has_calls = self._calls is not None
+        unlock(self)
+        if not has_calls or type(came_back) is not tuple or len(<tuple>came_back) != 2:
+            return False
+        all_of_them, results = <tuple>came_back
+        return all_of_them is True and type(results) is list and len(<list>results) == self.size
+
+    def fail(self, job, exc):
+        """Asked for its result, the job has raised this, or the thread was interrupted."""
+        raise NotImplementedError
+
+    def arrive(self, came_back):
+        """The job has given something else. Where it was called here, its calls may be done."""
+        raise NotImplementedError
+
+
+def fill_batches(list batches):
+    """Makes the calls of each of them, and gives all of them, in order.
+
+    They are neither coroutines nor jobs of a queue. Whoever makes a call holds it until it is done.
+    """
+    cdef Unfuture unfuture
+    cdef Batch batch
+    cdef list calls, made = []
+    # The garbage collector would look around after each few hundred, and find nothing.
+    cdef bint collects = pause_collector()
+    try:
+        for batch in batches:
+            calls = []
+            for _ in range(batch.size):
+                unfuture = blank_on_its_way()
+                unfuture._source = batch
+                unfuture._kind = SHARE
+                calls.append(unfuture)
+            PyObject_GC_UnTrack(<PyObject *>calls)  # it need not look at this one either
+            batch._calls = calls  # nobody else knows it yet
+            made += calls
+    finally:
+        if collects:
+            resume_collector()
+    return made
+
+
+cdef int finish_calls(list calls, list results) except -1:
+    """Gives each its result, unless it is done.
+
+    Whoever waits for one is told when all have theirs, and so finds the next ones done.
+    """
+    cdef Py_ssize_t place
+    cdef Unfuture unfuture
+    cdef list left = []
+    for place in range(len(calls)):
+        unfuture = calls[place]
+        if not unfuture.keep_result(results[place]):
+            left.append(place)
+    for place in left:
+        unfuture = calls[place]
+        unfuture.complete(FINISHED, results[place], ANY)
+    return 0
 
 
 @cython.final

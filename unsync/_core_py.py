@@ -89,6 +89,7 @@ __all__ = [
     "BIND_CLASS",
     "BIND_INSTANCE",
     "BIND_NOTHING",
+    "Batch",
     "Counter",
     "JobQueue",
     "Launcher",
@@ -98,8 +99,7 @@ __all__ = [
     "after_fork",
     "are_all_of",
     "call_each",
-    "calls_elsewhere",
-    "finish_calls",
+    "fill_batches",
     "in_home_thread",
     "set_home",
     "when_done",
@@ -971,24 +971,13 @@ class _Job:
         self.context = context
 
 
-@final
-class _Batch:
-    """What calls that go together have in common; it does not change."""
-
-    __slots__ = ("name", "on_cancel")
-
-    def __init__(self, name: str, on_cancel: Callable[[], object]) -> None:
-        self.name = name
-        self.on_cancel = on_cancel
-
-
 def _name_behind(source: object) -> str | None:
     """The name of the function behind an Unfuture; None if there is none."""
     if isinstance(source, _Call):
         return name_of(source.coro)
     if isinstance(source, (_Job, _Continuation)):
         return name_of(source.function)
-    if isinstance(source, _Batch):
+    if isinstance(source, Batch):
         return source.name
     if isinstance(source, str):
         return source
@@ -1060,7 +1049,7 @@ class Unfuture(Generic[T]):
         | asyncio.Task[Any]
         | Unfuture[Any]
         | Mirror
-        | _Batch
+        | Batch
         | str
         | None
     )
@@ -1296,8 +1285,8 @@ class Unfuture(Generic[T]):
                 if source.cancel(msg):
                     return True, None
             elif self._complete(CANCELLED, msg, expected=PENDING):
-                if isinstance(source, _Batch):
-                    source.on_cancel()
+                if isinstance(source, Batch):
+                    source._lose()
                 return True, source.source if isinstance(source, _Continuation) else None
             else:
                 return self._cancel_this(msg)  # it began or ended in between
@@ -1741,42 +1730,6 @@ class Unfuture(Generic[T]):
             report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
 
 
-def calls_elsewhere(
-    name: str, shares: list[tuple[int, Callable[[], object]]]
-) -> list[list[Unfuture[Any]]]:
-    """Unfutures of calls of the function `name` that are neither coroutines nor jobs of a queue.
-
-    A list of them for each share. Whoever makes the calls holds it until they are done.
-
-    :param shares: how many calls go together, and what is called, with nothing, by whoever has
-        cancelled one of them that had not begun.
-    """
-    made: list[list[Unfuture[Any]]] = []
-    for count, on_cancel in shares:
-        batch = _Batch(name, on_cancel)
-        calls = [_blank(Unfuture) for _ in range(count)]
-        for unfuture in calls:
-            unfuture._source = batch
-        made.append(calls)
-    return made
-
-
-def finish_calls(calls: list[Unfuture[Any]], results: list[Any]) -> None:
-    """Gives each its result, unless it is done; those that there is no result for stay.
-
-    Whoever waits for one is told when all have theirs, and so finds the next ones done.
-    """
-    left: list[tuple[Unfuture[Any], Any]] = []
-    for unfuture, result in zip(calls, results, strict=False):
-        # Whoever comes to wait in between is told at once.
-        if unfuture._chain is None and unfuture._side is None:
-            unfuture._complete(FINISHED, result)
-        else:
-            left.append((unfuture, result))
-    for unfuture, result in left:
-        unfuture._complete(FINISHED, result)
-
-
 def are_all_of(values: Iterable[object], types: frozenset[type]) -> bool:
     """Whether each of them is of one of these types, and of no subtype."""
     return types.issuperset(map(type, values))
@@ -1838,6 +1791,106 @@ class Counter:
         with self._lock:
             ended = self._finished, self._failed, self._cancelled
             return (self._started, *ended, self._started - sum(ended))
+
+
+class Batch:
+    """Calls of one function that go together, as one job for an executor that is not ours.
+
+    A subclass sends the job, has `end` called when it is done, and says what then becomes of calls
+    that did not simply give their results.
+
+    :param name: of the function.
+    :param items: what the calls are made with; without them it has let go of everything.
+    """
+
+    __slots__ = ("_cancelled", "calls", "counter", "items", "job", "name", "size")
+
+    def __init__(self, name: str, items: list[Any]) -> None:
+        self.name = name
+        self.size = len(items)
+        self.items = items
+        # Their Unfutures, from `fill_batches` on.
+        self.calls: list[Unfuture[Any]] = []
+        # The future of what was sent, until it has served.
+        self.job: Unfuture[Any] | concurrent.futures.Future[Any] | None = None
+        # Where its end is counted, if that is not done elsewhere. Set before `end` can be called.
+        self.counter: Counter | None = None
+        # As long as there are calls that were cancelled. Under no lock: a finalizer may cancel one
+        # while its thread is at another.
+        self._cancelled: list[None] = []
+
+    def let_go(self) -> list[Unfuture[Any]]:
+        """Of its job, which keeps what it calls when done, and of all else; gives the calls."""
+        calls, self.calls, self.items, self.job = self.calls, [], [], None
+        return calls
+
+    def _lose(self) -> None:
+        """One of the calls was cancelled before it began; the last one takes the job with it."""
+        self._cancelled.append(None)
+        job = self.job
+        if job is not None and len(self._cancelled) == self.size:
+            job.cancel()
+
+    def end(self, job: Unfuture[Any] | concurrent.futures.Future[Any]) -> None:
+        """The job is done, says the thread that finished it.
+
+        If it gives True and a result for each call, the calls have them at once.
+        """
+        try:
+            came_back = job.result()
+        except BaseException as exc:
+            self.fail(job, exc)
+            return
+        if self.counter is not None:
+            self.counter.end(False, False)
+        if self._are_results(came_back):
+            _finish_calls(self.let_go(), came_back[1])
+        else:
+            self.arrive(came_back)
+
+    def _are_results(self, came_back: Any) -> bool:
+        if not self.calls or type(came_back) is not tuple or len(came_back) != 2:
+            return False
+        all_of_them, results = came_back
+        return all_of_them is True and type(results) is list and len(results) == self.size
+
+    def fail(self, job: Unfuture[Any] | concurrent.futures.Future[Any], exc: BaseException) -> None:
+        """Asked for its result, the job has raised this, or the thread was interrupted."""
+        raise NotImplementedError
+
+    def arrive(self, came_back: Any) -> None:
+        """The job has given something else. Where it was called here, its calls may be done."""
+        raise NotImplementedError
+
+
+def fill_batches(batches: list[Any]) -> list[Unfuture[Any]]:
+    """Makes the calls of each of them, and gives all of them, in order.
+
+    They are neither coroutines nor jobs of a queue. Whoever makes a call holds it until it is done.
+    """
+    made: list[Unfuture[Any]] = []
+    for batch in batches:
+        batch.calls = [_blank(Unfuture) for _ in range(batch.size)]
+        for unfuture in batch.calls:
+            unfuture._source = batch
+        made += batch.calls
+    return made
+
+
+def _finish_calls(calls: list[Unfuture[Any]], results: list[Any]) -> None:
+    """Gives each its result, unless it is done.
+
+    Whoever waits for one is told when all have theirs, and so finds the next ones done.
+    """
+    left: list[tuple[Unfuture[Any], Any]] = []
+    for unfuture, result in zip(calls, results, strict=True):
+        # Whoever comes to wait in between is told at once.
+        if unfuture._chain is None and unfuture._side is None:
+            unfuture._complete(FINISHED, result)
+        else:
+            left.append((unfuture, result))
+    for unfuture, result in left:
+        unfuture._complete(FINISHED, result)
 
 
 @final

@@ -20,12 +20,12 @@ from typing import Any, TypeVar, cast, final
 
 from unsync import _common, _travel
 from unsync._backend import (
+    Batch,
     Route,
     Unfuture,
     are_all_of,
     call_each,
-    calls_elsewhere,
-    finish_calls,
+    fill_batches,
     when_done,
 )
 from unsync.streams import READ_AHEAD, Stream, _Channel
@@ -58,10 +58,6 @@ _TOGETHER = 8
 _LINGER = 0.001
 
 _PLAIN: frozenset[type] = frozenset(_travel._PLAIN)
-
-# The job of a chunk that has served, or was not launched yet.
-_SERVED: concurrent.futures.Future[None] = concurrent.futures.Future()
-_SERVED.set_result(None)
 
 
 class Target:
@@ -142,17 +138,16 @@ def make_calls(
     chunks: list[_Followed] = []
     while part := [*islice(items, chunksize)]:
         chunks.append(_Followed(target, part))
-    shares = calls_elsewhere(target.name, [(chunk.size, chunk.lose) for chunk in chunks])
+    made = fill_batches(chunks)
     try:
-        for chunk, calls in zip(chunks, shares, strict=True):
-            chunk.calls = calls
+        for chunk in chunks:
             chunk.launch(target.route)
             chunk.follow()
     except BaseException:
         for chunk in chunks:
             chunk.drop()  # an interrupt: nobody will hear of these
         raise
-    return [*chain.from_iterable(shares)]
+    return made
 
 
 def _call_each(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Unfuture[Any]]:
@@ -230,14 +225,6 @@ def _drop(call: _Job) -> None:
         when_done(call, _look_away)
 
 
-def _when_done(job: _Job, function: Callable[[Any], object]) -> None:
-    """Has the thread that finishes it call `function(job)`; at once if it is done."""
-    if isinstance(job, Unfuture):
-        when_done(job, function)
-    else:
-        job.add_done_callback(function)
-
-
 def _look_away(call: Unfuture[Any]) -> None:
     if not call.cancelled():
         call.exception()
@@ -248,30 +235,29 @@ def _look(job: _Job) -> tuple[BaseException | None, Any]:
     try:
         # No more questions than that: each takes the lock of a future that is not ours.
         return None, job.result()
-    except (asyncio.CancelledError, concurrent.futures.CancelledError):
-        return asyncio.CancelledError(), None
     except BaseException as exc:
-        if exc is not job.exception():
-            raise  # an interrupt
-        return _common.without_this_frame(exc), None
+        return _failure(job, exc), None
     finally:
         del job  # the frame that raised refers to this one
 
 
-class _Chunk(_travel.Bundle):
-    """Some calls as one job: called where its executor runs it, in this process or another.
+def _failure(job: _Job, exc: BaseException) -> BaseException:
+    """What a done one has failed with, if the caller caught this when it asked for its result."""
+    if isinstance(exc, (asyncio.CancelledError, concurrent.futures.CancelledError)):
+        return asyncio.CancelledError()
+    if exc is not job.exception():
+        raise exc  # an interrupt
+    return _common.without_this_frame(exc)
 
-    A job that is not ours keeps its callbacks, and with them this: so it is let go of when it has
-    served.
-    """
 
-    job: _Job = _SERVED
+class _Chunk(Batch, _travel.Bundle):
+    """Some calls as one job: called where its executor runs it, in this process or another."""
+
     dropped = False
 
     def __init__(self, target: Target, items: list[Any]) -> None:
+        super().__init__(target.name, items)
         self.target = target
-        self.items = items
-        self.size = len(items)
         # The name of its job, also in errors.
         self.__qualname__ = target.name
         # Why calls could not travel, by their places.
@@ -286,23 +272,31 @@ class _Chunk(_travel.Bundle):
             self.job.set_exception(exc)
 
     def follow(self) -> None:
-        """Has `arrive` called by the thread that finishes the job; at once if it is done."""
-        _when_done(self.job, self.end)
+        """Has `end` called by the thread that finishes the job; at once if it is done."""
+        job = self.job
+        if isinstance(job, Unfuture):
+            when_done(job, self.end)
+        elif job is not None:
+            job.add_done_callback(self.end)
 
-    def end(self, job: _Job) -> None:
-        failure, came_back = _look(job)
-        cancelled = failure is not None and job.cancelled()
+    def fail(self, job: _Job, exc: BaseException) -> None:
+        failure = _failure(job, exc)
+        cancelled = job.cancelled()
         if self.counter is not None:
-            self.counter.end(failure is not None and not cancelled, cancelled)
-        self.arrive(came_back, failure, cancelled)
+            self.counter.end(not cancelled, cancelled)
+        self.arrive(None, failure, cancelled)
 
-    def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
+    def arrive(
+        self, came_back: Any, failure: BaseException | None = None, cancelled: bool = False
+    ) -> None:
         """The job has ended: with what came back, or failed."""
         raise NotImplementedError
 
     def drop(self) -> None:
         self.dropped = True
-        _drop(self.job)
+        job = self.job
+        if job is not None:
+            _drop(job)
 
     # Here.
 
@@ -385,19 +379,6 @@ class _Followed(_Chunk):
 
     followed = False
 
-    def __init__(self, target: Target, items: list[Any]) -> None:
-        super().__init__(target, items)
-        self.calls: list[Unfuture[Any]] = []
-        # As long as there are calls that were cancelled. Under no lock: a finalizer may cancel one
-        # while its thread is at another.
-        self.cancelled: list[None] = []
-
-    def lose(self) -> None:
-        """One of its calls was cancelled; the last one takes the job with it."""
-        self.cancelled.append(None)
-        if len(self.cancelled) == self.size:
-            self.job.cancel()
-
     def __call__(self) -> None:
         for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
             try:
@@ -413,12 +394,17 @@ class _Followed(_Chunk):
 
     def drop(self) -> None:
         super().drop()
-        if not self.followed:
-            self.follow()  # to count its end, and to let go of its calls, which refer to it
+        # Its calls refer to it, and it to them.
+        if self.job is None:
+            self.let_go()
+        elif not self.followed:
+            self.follow()  # which counts its end, too
 
-    def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
+    def arrive(
+        self, came_back: Any, failure: BaseException | None = None, cancelled: bool = False
+    ) -> None:
         """Gives the calls their outcomes, unless they have them."""
-        calls, self.calls, self.items, self.job = self.calls, [], [], _SERVED
+        calls = self.let_go()
         if failure is not None:
             for call in calls:
                 if cancelled:
@@ -426,12 +412,9 @@ class _Followed(_Chunk):
                 else:
                     call._complete(_common.FAILED, failure)
         elif came_back is not None:
-            are_results, outcomes = came_back
-            if are_results and not self.unsent:
-                finish_calls(calls, outcomes)
-            else:
-                for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
-                    call._complete(*outcome)
+            _, outcomes = came_back
+            for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
+                call._complete(*outcome)
             for call in calls[len(outcomes) :]:
                 error = RuntimeError(f"no outcome of {self.target.name} came back")
                 call._complete(_common.FAILED, error)
@@ -473,7 +456,11 @@ def _make_all(name: str, parcels: list[bytes | None]) -> tuple[bool, list[Any]]:
     plain = True
     for parcel in parcels:
         try:
-            result = None if parcel is None else _travel.run(name, parcel)
+            if parcel is None:
+                plain = False
+                result = None
+            else:
+                result = _travel.run(name, parcel)
             if type(result) not in _PLAIN:
                 plain = False
                 result = _pack(name, result)
@@ -558,9 +545,11 @@ class _Streamed(_Chunk):
         super().__init__(outlet.target, items)
         self.outlet = outlet
 
-    def arrive(self, came_back: Any, failure: BaseException | None, cancelled: bool) -> None:
+    def arrive(
+        self, came_back: Any, failure: BaseException | None = None, cancelled: bool = False
+    ) -> None:
         self.came = came_back, failure
-        self.job = _SERVED
+        self.let_go()
         self.outlet.arrive(self)
 
     def is_done(self) -> bool:
@@ -573,7 +562,7 @@ class _Streamed(_Chunk):
         if failure is not None:
             return [], failure
         are_values, outcomes = came_back
-        if are_values and not self.unsent:
+        if are_values:
             return outcomes, None
         values: list[Any] = []
         for status, outcome in self.outcomes(outcomes):
