@@ -320,7 +320,7 @@ def submit_to(
     :raises pickle.PicklingError: if `executor` is a process pool and the function cannot go there.
     """
     bundle = function if isinstance(function, _travel.Bundle) else None
-    imports_main = _leaves_for(executor)
+    imports_main = _leaves(type(executor))  # type: ignore[arg-type]  # mypy takes no class for hashable
     if imports_main is None:
         counter = _to_others
         future = executor.submit(_travel.ContextCall(function, copy_context(), kwargs), *args)
@@ -338,11 +338,7 @@ def submit_to(
                 failed: Unfuture[Any] = Unfuture()
                 failed.set_exception(exc)
                 return failed
-        _end_if_importing_main()
-        if _imports_anew(executor):
-            future = _submit_guarded(executor, *job)
-        else:
-            future = executor.submit(*job)
+        future = _way_out(executor)(*job)
     if isinstance(future, Unfuture):
         return future
     if bundle is not None:
@@ -367,13 +363,9 @@ _POOLS_ELSEWHERE = {
 }
 
 
-def _leaves_for(executor: object) -> bool | None:
-    """Whether its functions go to where our main module can be imported; None if they stay here."""
-    return _leaves(type(executor))  # type: ignore[arg-type]  # mypy takes no class for hashable
-
-
 @lru_cache
 def _leaves(cls: type) -> bool | None:
+    """Whether its functions go to where our main module can be imported; None if they stay here."""
     for base in cls.__mro__:
         has_our_main = _POOLS_ELSEWHERE.get((base.__module__, base.__qualname__))
         if has_our_main is not None:
@@ -382,7 +374,7 @@ def _leaves(cls: type) -> bool | None:
 
 
 def is_process_pool(executor: object) -> bool:
-    return _leaves_for(executor) is not None
+    return _leaves(type(executor)) is not None  # type: ignore[arg-type]
 
 
 def in_thread_of_a_pool() -> bool:
@@ -412,13 +404,25 @@ _ADVICE = (
 _unguarded: weakref.WeakSet[concurrent.futures.Executor] = weakref.WeakSet()
 
 
-def _imports_anew(executor: concurrent.futures.Executor) -> bool:
-    """Whether it starts processes of multiprocessing's, which import the main program."""
+# Whether this process was once found not to be importing it: then it never will again.
+_is_past_main = False
+
+
+def _way_out(
+    executor: concurrent.futures.Executor,
+) -> Callable[..., concurrent.futures.Future[Any]]:
+    """Its `submit`, guarded if it starts processes that import the main program.
+
+    Of those of multiprocessing's only; and of none after its shutdown.
+    """
+    if not _is_past_main:
+        _end_if_importing_main()
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
-        return False
-    # There are none where they are not multiprocessing's, and after its shutdown.
-    return getattr(executor, "_processes", None) is not None
+        return executor.submit
+    if getattr(executor, "_processes", None) is None:
+        return executor.submit
+    return partial(_submit_guarded, executor)
 
 
 def _submit_guarded(
@@ -443,6 +447,7 @@ def _submit_guarded(
 
 def _end_if_importing_main() -> None:
     """Ends a process of multiprocessing's that imports the main program and is not ready yet."""
+    global _is_past_main
     # Which another thread may be importing just now.
     module = sys.modules.get("multiprocessing.process")
     if getattr(getattr(module, "_current_process", None), "_inheriting", False):
@@ -451,6 +456,7 @@ def _end_if_importing_main() -> None:
         # Or semaphores are left, which is complained about.
         multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
         os._exit(_NO_GUARD)
+    _is_past_main = True
 
 
 def _explain(
@@ -533,7 +539,8 @@ class ProcessPool:
     def submit(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Unfuture[Any]:
-        _end_if_importing_main()
+        if not _is_past_main:
+            _end_if_importing_main()
         executor = self.executor
         try:
             return submit_to(executor, function, args, kwargs)
