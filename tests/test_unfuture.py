@@ -1046,6 +1046,22 @@ def test_repr_of_a_call_in_another_executor() -> None:
     assert repr(call) == f"<Unfuture finished function={wait.__qualname__} result=True>"
 
 
+@pytest.mark.parametrize(("name", "shown"), [("sum", "sum"), ("", "Named"), (5, "Named")])
+def test_repr_of_a_call_of_an_object_with_a_name(name: object, shown: str) -> None:
+    class Named:
+        __name__: object
+
+        def __call__(self) -> int:
+            return 4
+
+    Named.__qualname__ = "Named"
+    named = Named()
+    named.__name__ = name
+    call = unsync(named)()
+    assert call.result(PATIENCE) == 4
+    assert repr(call) == f"<Unfuture finished function={shown} result=4>"
+
+
 def test_repr_of_one_made_from_a_future(loop: asyncio.AbstractEventLoop) -> None:
     wrapped: concurrent.futures.Future[int] = concurrent.futures.Future()
     assert repr(Unfuture(wrapped)) == f"<Unfuture pending future={wrapped!r}>"

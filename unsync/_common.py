@@ -293,7 +293,7 @@ def name_of(thing: object) -> str:
             thing = thing.func
         if asyncio.isfuture(thing):
             thing = cast("asyncio.Task[Any]", thing).get_coro()
-        name = cast("Callable[..., object]", thing).__qualname__
+        name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
     except Exception:  # a callable object may have anything of its own there
         name = None
     return name if isinstance(name, str) and name else type(thing).__qualname__

@@ -2424,10 +2424,10 @@ cdef class Counter:
 
 
 cdef class Batch:
-    """Calls of one function that go together, as one job for an executor that is not ours.
+    """Calls of one function that go together, as one job for an executor, which packs itself.
 
     A subclass sends the job, has `end` called when it is done, and says what then becomes of calls
-    that did not simply give their results.
+    that did not simply give their results. An executor that is not ours gives its own future.
 
     :param name: of the function.
     :param items: what the calls are made with; without them it has let go of everything.
@@ -2528,6 +2528,18 @@ cdef class Batch:
             return False
         all_of_them, results = <tuple>came_back
         return all_of_them is True and type(results) is list and len(<list>results) == self.size
+
+    def __call__(self):
+        """Makes the calls in this process."""
+        raise NotImplementedError
+
+    def parcel(self, imports_main):
+        """The function to call in another process, and its arguments: all of it pickles.
+
+        :param imports_main: whether that imports this program's main module, if it is a file.
+        :raises pickle.PicklingError: if nothing of it can travel.
+        """
+        raise NotImplementedError
 
     def fail(self, job, exc):
         """Asked for its result, the job has raised this, or the thread was interrupted."""

@@ -19,15 +19,11 @@ from contextlib import suppress
 from contextvars import Context
 from functools import cache, partial
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from unsync._common import name_of
 
-if TYPE_CHECKING:
-    from unsync._backend import Counter
-
 __all__ = [
-    "Bundle",
     "ContextCall",
     "Reference",
     "no_way_back",
@@ -356,25 +352,6 @@ def _culprit(
         except Exception:  # noqa: PERF203
             return what if value is function else f"{what}, of type {type(value).__qualname__},"
     return f"a call of {name}"
-
-
-class Bundle:
-    """A job that packs itself, and its outcome. It is given its executor's own future."""
-
-    # Where it counts its end, as it looks at the outcome anyway; None where that is done for it.
-    counter: Counter | None = None
-
-    def __call__(self) -> object:
-        """Does it in this process."""
-        raise NotImplementedError
-
-    def parcel(self, imports_main: bool) -> tuple[Any, ...]:
-        """The function to call in the other process, and its arguments: all of it pickles.
-
-        :param imports_main: whether that imports this program's main module, if it is a file.
-        :raises pickle.PicklingError: if nothing of it can travel.
-        """
-        raise NotImplementedError
 
 
 def run(name: str, parcel: bytes) -> object:

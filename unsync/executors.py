@@ -17,7 +17,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from unsync import _common, _travel
-from unsync._backend import Counter, JobQueue, Unfuture
+from unsync._backend import Batch, Counter, JobQueue, Unfuture
 from unsync._common import WorkCounts
 from unsync._counts import Book
 
@@ -315,11 +315,11 @@ def submit_to(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Unfuture[Any]:
-    """Has any executor run the function; its future becomes an Unfuture, unless it is a bundle's.
+    """Has any executor run the function; its future becomes an Unfuture, unless it is a batch's.
 
     :raises pickle.PicklingError: if `executor` is a process pool and the function cannot go there.
     """
-    bundle = function if isinstance(function, _travel.Bundle) else None
+    batch = function if isinstance(function, Batch) else None
     imports_main = _leaves(type(executor))  # type: ignore[arg-type]  # mypy takes no class for hashable
     if imports_main is None:
         counter = _to_others
@@ -327,8 +327,8 @@ def submit_to(
     else:
         counter = _to_processes
         job: tuple[Any, ...]
-        if bundle is not None:
-            job = bundle.parcel(imports_main)
+        if batch is not None:
+            job = batch.parcel(imports_main)
         else:
             has_our_main = _travel.has_our_main(imports_main)
             call = _travel.reference_to(function, has_our_main)
@@ -341,9 +341,9 @@ def submit_to(
         future = _way_out(executor)(*job)
     if isinstance(future, Unfuture):
         return future
-    if bundle is not None:
+    if batch is not None:
         counter.start()
-        bundle.counter = counter
+        batch.counter = counter
         return future  # type: ignore[return-value]  # it takes any future for its job
     counter.count(future)
     unfuture = Unfuture(future)

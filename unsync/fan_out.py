@@ -250,18 +250,23 @@ def _failure(job: _Job, exc: BaseException) -> BaseException:
     return _common.without_this_frame(exc)
 
 
-class _Chunk(Batch, _travel.Bundle):
+class _Chunk(Batch):
     """Some calls as one job: called where its executor runs it, in this process or another."""
 
-    dropped = False
+    __slots__ = ("__weakref__", "dropped", "followed", "target", "unsent")
 
     def __init__(self, target: Target, items: list[Any]) -> None:
         super().__init__(target.name, items)
         self.target = target
-        # The name of its job, also in errors.
-        self.__qualname__ = target.name
+        self.dropped = False
+        self.followed = False
         # Why calls could not travel, by their places.
         self.unsent: dict[int, Exception] = {}
+
+    @property
+    def __name__(self) -> str:
+        """Of its job, also in errors."""
+        return self.name
 
     def launch(self, route: Route) -> None:
         try:
@@ -273,6 +278,7 @@ class _Chunk(Batch, _travel.Bundle):
 
     def follow(self) -> None:
         """Has `end` called by the thread that finishes the job; at once if it is done."""
+        self.followed = True
         job = self.job
         if isinstance(job, Unfuture):
             when_done(job, self.end)
@@ -377,7 +383,7 @@ class _Chunk(Batch, _travel.Bundle):
 class _Followed(_Chunk):
     """One whose calls have Unfutures."""
 
-    followed = False
+    __slots__ = ()
 
     def __call__(self) -> None:
         for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
@@ -387,10 +393,6 @@ class _Followed(_Chunk):
             except RuntimeError:
                 continue  # somebody has set its outcome
             call._complete(*self.make(args))
-
-    def follow(self) -> None:
-        self.followed = True
-        super().follow()
 
     def drop(self) -> None:
         super().drop()
@@ -538,12 +540,14 @@ class _Single:
 class _Streamed(_Chunk):
     """One whose values go into a stream."""
 
-    # What came of it: set once, by the thread that finishes its job, before the outlet hears of it.
-    came: tuple[Any, BaseException | None] | None = None
+    __slots__ = ("came", "outlet")
 
     def __init__(self, outlet: _Outlet[Any], items: list[Any]) -> None:
         super().__init__(outlet.target, items)
         self.outlet = outlet
+        # What came of it: set once, by the thread that finishes its job, before the outlet hears
+        # of it.
+        self.came: tuple[Any, BaseException | None] | None = None
 
     def arrive(
         self, came_back: Any, failure: BaseException | None = None, cancelled: bool = False
