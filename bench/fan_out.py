@@ -2,17 +2,20 @@
 
     python bench/fan_out.py
 
-Milliseconds for all calls and their results, the median of the rounds, in which all ways take their
-turns, in another order each time: what ran before leaves its mark. The same two processes serve all
-ways: two pools differ by more than the ways do.
+Milliseconds for all calls and their results, the median over some programs and their rounds, in
+which all ways take their turns, in another order each time: what ran before leaves its mark. In one
+program the same two processes serve all ways. Two programs differ by more than the ways do.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -66,12 +69,9 @@ def measure(way: Way, calls: int, size: int | None) -> float:
     return spent * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=41)
-    options = parser.parse_args()
-    heads = "".join(f" | chunks of {size}" for size in CHUNKS)
+def in_rounds(rounds: int, calls: int, seed: int) -> list[tuple[str, str, int, float]]:
+    """In one program: of each timing function, way, chunk size (0 for none) and milliseconds."""
+    timings: list[tuple[str, str, int, float]] = []
     for function in (nothing, little):
         turns = [
             (name, way, size)
@@ -79,23 +79,44 @@ def main() -> None:
             for size in ((None,) if "one by one" in name else (*CHUNKS, None))
             if size or "Executor" not in name
         ]
-        spent: dict[tuple[str, int | None], list[float]] = {}
-        shuffle = random.Random(0).shuffle
-        for number in range(options.rounds + 1):
+        shuffle = random.Random(seed).shuffle
+        for number in range(rounds + 1):
             shuffle(turns)
             for name, way, size in turns:
-                if number > 2 and size is None and "one by one" in name:
+                if number != 1 and size is None and "one by one" in name:
                     continue  # which take long, and differ by more than the rounds do
-                taken = measure(way, options.calls, size)
+                taken = measure(way, calls, size)
                 if number:  # the first starts what there is to start
-                    spent.setdefault((name, size), []).append(taken)
+                    timings.append((function.__name__, name, size or 0, taken))
+    return timings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--programs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8, help="in each program")
+    parser.add_argument("--seed", type=int, help="be one of the programs, and print JSON")
+    options = parser.parse_args()
+    if options.seed is not None:
+        print(json.dumps(in_rounds(options.rounds, options.calls, options.seed)))
+        pool.shutdown()
+        return
+    numbers = [f"--calls={options.calls}", f"--rounds={options.rounds}"]
+    spent: dict[tuple[str, str, int], list[float]] = {}
+    for seed in range(options.programs):
+        command = [sys.executable, __file__, *numbers, f"--seed={seed}"]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        for function, name, size, taken in json.loads(printed):
+            spent.setdefault((function, name, size), []).append(taken)
+    heads = "".join(f" | chunks of {size}" for size in CHUNKS)
+    for function in (nothing, little):
         print(f"\n| {options.calls} calls of `{function.__name__}` (ms){heads} | no size given |")
         print(f"| --- |{' ---: |' * (len(CHUNKS) + 1)}")
         for name in ways(function):
-            cells = [spent.get((name, size)) for size in (*CHUNKS, None)]
+            cells = [spent.get((function.__name__, name, size)) for size in (*CHUNKS, 0)]
             texts = ["-" if cell is None else f"{statistics.median(cell):.1f}" for cell in cells]
             print(f"| {name} | {' | '.join(texts)} |", flush=True)
-    pool.shutdown()
 
 
 if __name__ == "__main__":

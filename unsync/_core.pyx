@@ -2430,7 +2430,7 @@ cdef class Batch:
     that did not simply give their results. An executor that is not ours gives its own future.
 
     :param name: of the function.
-    :param items: what the calls are made with; without them it has let go of everything.
+    :param items: what the calls are made with, in a list that nobody changes.
     """
 
     cdef readonly str name
@@ -2446,6 +2446,12 @@ cdef class Batch:
         self.name = name
         self.size = len(items)
         self._items = items
+        for item in items:
+            if is_container(<PyObject *>item):
+                break
+        else:
+            # Nothing in there leads anywhere, so the garbage collector need not look at each.
+            PyObject_GC_UnTrack(<PyObject *>items)
 
     @property
     def job(self):
@@ -2551,7 +2557,7 @@ cdef class Batch:
 
 
 def fill_batches(list batches):
-    """Makes the calls of each of them, and gives all of them, in order.
+    """Makes the calls of each of them, and gives a list of those for each.
 
     They are neither coroutines nor jobs of a queue. Whoever makes a call holds it until it is done.
     """
@@ -2569,8 +2575,8 @@ def fill_batches(list batches):
                 unfuture._kind = SHARE
                 calls.append(unfuture)
             PyObject_GC_UnTrack(<PyObject *>calls)  # it need not look at this one either
-            batch._calls = calls  # nobody else knows it yet
-            made += calls
+            batch._calls = calls  # nobody else knows the batch yet
+            made.append(calls)
     finally:
         if collects:
             resume_collector()

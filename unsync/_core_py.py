@@ -1800,7 +1800,7 @@ class Batch:
     that did not simply give their results. An executor that is not ours gives its own future.
 
     :param name: of the function.
-    :param items: what the calls are made with; without them it has let go of everything.
+    :param items: what the calls are made with, in a list that nobody changes.
     """
 
     __slots__ = ("_cancelled", "calls", "counter", "items", "job", "name", "size")
@@ -1875,17 +1875,17 @@ class Batch:
         raise NotImplementedError
 
 
-def fill_batches(batches: list[Any]) -> list[Unfuture[Any]]:
-    """Makes the calls of each of them, and gives all of them, in order.
+def fill_batches(batches: list[Any]) -> list[list[Unfuture[Any]]]:
+    """Makes the calls of each of them, and gives a list of those for each.
 
     They are neither coroutines nor jobs of a queue. Whoever makes a call holds it until it is done.
     """
-    made: list[Unfuture[Any]] = []
+    made: list[list[Unfuture[Any]]] = []
     for batch in batches:
         batch.calls = [_blank(Unfuture) for _ in range(batch.size)]
         for unfuture in batch.calls:
             unfuture._source = batch
-        made += batch.calls
+        made.append(batch.calls)
     return made
 
 

@@ -138,7 +138,7 @@ def make_calls(
     chunks: list[_Followed] = []
     while part := [*islice(items, chunksize)]:
         chunks.append(_Followed(target, part))
-    made = fill_batches(chunks)
+    shares = fill_batches(chunks)
     try:
         for chunk in chunks:
             chunk.launch(target.route)
@@ -147,7 +147,8 @@ def make_calls(
         for chunk in chunks:
             chunk.drop()  # an interrupt: nobody will hear of these
         raise
-    return made
+    # It is made last, since the garbage collector looks at all that is in it.
+    return [*chain.from_iterable(shares)]
 
 
 def _call_each(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Unfuture[Any]]:
