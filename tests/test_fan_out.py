@@ -479,6 +479,7 @@ def test_whoever_is_told_of_a_call_finds_the_others_of_its_chunk_done() -> None:
     assert [call.result(0) for call in calls] == [5, 6, 7]
 
 
+@pytest.mark.alone  # it counts
 @pytest.mark.parametrize("in_order", [True, None])
 def test_an_interrupt_while_a_chunk_comes_back_is_not_its_outcome(in_order: bool | None) -> None:
     class Interrupted(concurrent.futures.Future[Any]):
