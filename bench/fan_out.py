@@ -69,9 +69,9 @@ def measure(way: Way, calls: int, size: int | None) -> float:
     return spent * 1e3
 
 
-def in_rounds(rounds: int, calls: int, seed: int) -> list[tuple[str, str, int, float]]:
-    """In one program: of each timing function, way, chunk size (0 for none) and milliseconds."""
-    timings: list[tuple[str, str, int, float]] = []
+def in_rounds(rounds: int, calls: int, seed: int) -> list[tuple[str, str, int | None, float]]:
+    """In one program: of each timing function, way, chunk size and milliseconds."""
+    timings: list[tuple[str, str, int | None, float]] = []
     for function in (nothing, little):
         turns = [
             (name, way, size)
@@ -87,7 +87,7 @@ def in_rounds(rounds: int, calls: int, seed: int) -> list[tuple[str, str, int, f
                     continue  # which take long, and differ by more than the rounds do
                 taken = measure(way, calls, size)
                 if number:  # the first starts what there is to start
-                    timings.append((function.__name__, name, size or 0, taken))
+                    timings.append((function.__name__, name, size, taken))
     return timings
 
 
@@ -103,7 +103,7 @@ def main() -> None:
         pool.shutdown()
         return
     numbers = [f"--calls={options.calls}", f"--rounds={options.rounds}"]
-    spent: dict[tuple[str, str, int], list[float]] = {}
+    spent: dict[tuple[str, str, int | None], list[float]] = {}
     for seed in range(options.programs):
         command = [sys.executable, __file__, *numbers, f"--seed={seed}"]
         printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
@@ -114,7 +114,7 @@ def main() -> None:
         print(f"\n| {options.calls} calls of `{function.__name__}` (ms){heads} | no size given |")
         print(f"| --- |{' ---: |' * (len(CHUNKS) + 1)}")
         for name in ways(function):
-            cells = [spent.get((function.__name__, name, size)) for size in (*CHUNKS, 0)]
+            cells = [spent.get((function.__name__, name, size)) for size in (*CHUNKS, None)]
             texts = ["-" if cell is None else f"{statistics.median(cell):.1f}" for cell in cells]
             print(f"| {name} | {' | '.join(texts)} |", flush=True)
 

@@ -86,11 +86,7 @@ def test_large_data_is_measured_both_ways(way: str) -> None:
 def test_fan_out_has_a_figure_for_every_way_and_chunk() -> None:
     place = str(Path(package.__file__).parent.parent)
     done = subprocess.run(
-        [
-            sys.executable,
-            str(BENCH / "fan_out.py"),
-            *["--calls", "200", "--programs", "2", "--rounds", "1"],
-        ],
+        [sys.executable, str(BENCH / "fan_out.py"), "--calls=200", "--programs=2", "--rounds=1"],
         env={**os.environ, "PYTHONPATH": place},
         capture_output=True,
         text=True,

@@ -18,7 +18,7 @@ import sys
 import threading
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
@@ -1875,7 +1875,7 @@ class Batch:
         raise NotImplementedError
 
 
-def fill_batches(batches: list[Any]) -> list[list[Unfuture[Any]]]:
+def fill_batches(batches: Sequence[Batch]) -> list[list[Unfuture[Any]]]:
     """Makes the calls of each of them, and gives a list of those for each.
 
     They are neither coroutines nor jobs of a queue. Whoever makes a call holds it until it is done.

@@ -237,7 +237,8 @@ def stop_threads(timeout: float) -> None:
 
 def after_fork() -> None:
     """In the child: no executor has threads any more, and nothing was done yet."""
-    global _queues, _to_processes, _to_others
+    global _queues, _to_processes, _to_others, _is_past_main
+    _is_past_main = False  # a fork server's child may import the main program yet
     _queues, _to_processes, _to_others = Book(5), Counter(), Counter()
     for executor in list(_thread_executors):
         executor._after_fork()
@@ -418,9 +419,8 @@ def _way_out(
     if not _is_past_main:
         _end_if_importing_main()
     context = getattr(executor, "_mp_context", None)
-    if context is not None and context.get_start_method() == "fork":
-        return executor.submit
-    if getattr(executor, "_processes", None) is None:
+    forks = context is not None and context.get_start_method() == "fork"
+    if forks or getattr(executor, "_processes", None) is None:
         return executor.submit
     return partial(_submit_guarded, executor)
 

@@ -281,9 +281,10 @@ class _Chunk(Batch):
         """Has `end` called by the thread that finishes the job; at once if it is done."""
         self.followed = True
         job = self.job
+        assert job is not None, "it has served before anybody could be told"
         if isinstance(job, Unfuture):
             when_done(job, self.end)
-        elif job is not None:
+        else:
             job.add_done_callback(self.end)
 
     def fail(self, job: _Job, exc: BaseException) -> None:
@@ -291,12 +292,10 @@ class _Chunk(Batch):
         cancelled = job.cancelled()
         if self.counter is not None:
             self.counter.end(not cancelled, cancelled)
-        self.arrive(None, failure, cancelled)
+        self.give_up(failure, cancelled)
 
-    def arrive(
-        self, came_back: Any, failure: BaseException | None = None, cancelled: bool = False
-    ) -> None:
-        """The job has ended: with what came back, or failed."""
+    def give_up(self, failure: BaseException, cancelled: bool) -> None:
+        """The job has failed, or was cancelled."""
         raise NotImplementedError
 
     def drop(self) -> None:
@@ -403,24 +402,24 @@ class _Followed(_Chunk):
         elif not self.followed:
             self.follow()  # which counts its end, too
 
-    def arrive(
-        self, came_back: Any, failure: BaseException | None = None, cancelled: bool = False
-    ) -> None:
+    def arrive(self, came_back: Any) -> None:
         """Gives the calls their outcomes, unless they have them."""
         calls = self.let_go()
-        if failure is not None:
-            for call in calls:
-                if cancelled:
-                    call.cancel()
-                else:
-                    call._complete(_common.FAILED, failure)
-        elif came_back is not None:
-            _, outcomes = came_back
-            for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
-                call._complete(*outcome)
-            for call in calls[len(outcomes) :]:
-                error = RuntimeError(f"no outcome of {self.target.name} came back")
-                call._complete(_common.FAILED, error)
+        if came_back is None:
+            return  # they were made here
+        _, outcomes = came_back
+        for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
+            call._complete(*outcome)
+        for call in calls[len(outcomes) :]:
+            error = RuntimeError(f"no outcome of {self.target.name} came back")
+            call._complete(_common.FAILED, error)
+
+    def give_up(self, failure: BaseException, cancelled: bool) -> None:
+        for call in self.let_go():
+            if cancelled:
+                call.cancel()
+            else:
+                call._complete(_common.FAILED, failure)
 
 
 class _Pickled(bytes):
@@ -550,9 +549,13 @@ class _Streamed(_Chunk):
         # of it.
         self.came: tuple[Any, BaseException | None] | None = None
 
-    def arrive(
-        self, came_back: Any, failure: BaseException | None = None, cancelled: bool = False
-    ) -> None:
+    def arrive(self, came_back: Any) -> None:
+        self.come(came_back, None)
+
+    def give_up(self, failure: BaseException, cancelled: bool) -> None:
+        self.come(None, failure)
+
+    def come(self, came_back: Any, failure: BaseException | None) -> None:
         self.came = came_back, failure
         self.let_go()
         self.outlet.arrive(self)
