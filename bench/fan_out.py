@@ -4,7 +4,8 @@
 
 Milliseconds for all calls and their results, the median over some programs and their rounds, in
 which all ways take their turns, in another order each time: what ran before leaves its mark. In one
-program the same two processes serve all ways. Two programs differ by more than the ways do.
+program the same two processes serve all ways. Two programs differ by more than the ways do; so then
+follow the ratios, and how sure they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 
 from unsync import unsync
 
@@ -37,7 +40,11 @@ def little(x: int) -> int:
 
 pool = ProcessPoolExecutor(WORKERS)
 
+PEER = "`ProcessPoolExecutor.map`"
+
 Way = Callable[[Iterable[int], "int | None"], Iterable[int]]
+# The function, the way and the chunk size.
+Case = tuple[str, str, "int | None"]
 
 
 def ways(function: Callable[[int], int]) -> dict[str, Way]:
@@ -49,7 +56,7 @@ def ways(function: Callable[[int], int]) -> dict[str, Way]:
         "`@unsync` calls, one by one": lambda xs, _: [
             call.result() for call in [marked(x) for x in xs]
         ],
-        "`ProcessPoolExecutor.map`": lambda xs, size: pool.map(function, xs, chunksize=size or 1),
+        PEER: lambda xs, size: pool.map(function, xs, chunksize=size or 1),
         "`unsync.calls`": lambda xs, size: [
             call.result() for call in unsync.calls(marked, xs, chunksize=size)
         ],
@@ -94,7 +101,7 @@ def in_rounds(rounds: int, calls: int, seed: int) -> list[tuple[str, str, int | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=10_000)
-    parser.add_argument("--programs", type=int, default=8)
+    parser.add_argument("--programs", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8, help="in each program")
     parser.add_argument("--seed", type=int, help="be one of the programs, and print JSON")
     options = parser.parse_args()
@@ -103,20 +110,46 @@ def main() -> None:
         pool.shutdown()
         return
     numbers = [f"--calls={options.calls}", f"--rounds={options.rounds}"]
-    spent: dict[tuple[str, str, int | None], list[float]] = {}
+    spent: dict[Case, list[list[float]]] = {}
     for seed in range(options.programs):
         command = [sys.executable, __file__, *numbers, f"--seed={seed}"]
         printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        program: dict[Case, list[float]] = {}
         for function, name, size, taken in json.loads(printed):
-            spent.setdefault((function, name, size), []).append(taken)
+            program.setdefault((function, name, size), []).append(taken)
+        for case, timings in program.items():
+            spent.setdefault(case, []).append(timings)
     heads = "".join(f" | chunks of {size}" for size in CHUNKS)
     for function in (nothing, little):
         print(f"\n| {options.calls} calls of `{function.__name__}` (ms){heads} | no size given |")
         print(f"| --- |{' ---: |' * (len(CHUNKS) + 1)}")
         for name in ways(function):
             cells = [spent.get((function.__name__, name, size)) for size in (*CHUNKS, None)]
-            texts = ["-" if cell is None else f"{statistics.median(cell):.1f}" for cell in cells]
+            texts = [f"{statistics.median(chain(*cell)):.1f}" if cell else "-" for cell in cells]
             print(f"| {name} | {' | '.join(texts)} |", flush=True)
+    if options.programs < 2:
+        return
+    for function in (nothing, little):
+        print(f"\n| `{function.__name__}`, times the time of {PEER}{heads} |")
+        print(f"| --- |{' ---: |' * len(CHUNKS)}")
+        for name in ways(function):
+            if "one by one" in name or name == PEER:
+                continue
+            texts = [
+                times(spent[function.__name__, name, size], spent[function.__name__, PEER, size])
+                for size in CHUNKS
+            ]
+            print(f"| {name} | {' | '.join(texts)} |", flush=True)
+
+
+def times(ours: list[list[float]], theirs: list[list[float]]) -> str:
+    """The ratio, and two standard errors; of each program by itself, since they differ more."""
+    ratios = [
+        math.log(statistics.fmean(each) / statistics.fmean(other))
+        for each, other in zip(ours, theirs, strict=True)
+    ]
+    error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return f"{math.exp(statistics.fmean(ratios)):.2f} ± {2 * error:.2f}"
 
 
 if __name__ == "__main__":

@@ -875,11 +875,11 @@ def test_a_consumer_is_woken_once_for_chunks_that_come_back_quickly(
     work = Lingering(in_order)
     consumer = in_thread(work.take_all)
     work.wait_for_consumers()
-    work.by_hand.run(7)
+    work.by_hand.run(9)
     assert work.channel.waiters
     assert work.found == []
     work.by_hand.run(1)
-    wait_until(lambda: len(work.found) == 8, "the first values")
+    wait_until(lambda: len(work.found) == 10, "the first values")
     # There are less and less left, and the consumer must not keep the workers from them.
     while work.by_hand.jobs:
         work.wait_for_consumers()
@@ -941,6 +941,146 @@ def test_for_calls_that_go_alone_no_consumer_lingers(in_order: bool) -> None:
     assert isinstance(channel, fan_out._Outlet)
     for _ in stream:
         assert not channel.lingers
+
+
+class Waited:
+    """Forty calls in chunks of one, of which two have come back: as quickly as the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, quick: float) -> None:
+        monkeypatch.setattr(fan_out, "_QUICK", quick)
+        paces: list[fan_out._Pace] = []
+        asked: list[bool] = []
+
+        class Pace(fan_out._Pace):
+            def __init__(self) -> None:
+                super().__init__()
+                paces.append(self)
+
+            def linger(self) -> None:
+                super().linger()
+                asked.append(True)
+
+        monkeypatch.setattr(fan_out, "_Pace", Pace)
+        self.asked = asked
+        self.by_hand = ByHand()
+        self.calls = unsync.calls(unsync(plain, executor=self.by_hand), range(40), chunksize=1)
+        [self.pace] = paces
+        self.by_hand.run(2)
+        self.found: list[int] = []
+
+    def take_one(self) -> None:
+        self.found.append(self.calls[2].result())
+
+    def wait_for_lull(self) -> None:
+        wait_until(lambda: self.pace.lull is not None, "a thread to linger")
+
+
+@pytest.mark.usefixtures("no_hurry")
+@pytest.mark.parametrize("ask", [Unfuture.result, Unfuture.exception])
+def test_who_waits_for_a_call_is_woken_once_for_chunks_that_come_back_quickly(
+    ask: Callable[[Unfuture[int]], object],
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    waiter = in_thread(lambda: ask(work.calls[2]))
+    work.wait_for_lull()
+    work.by_hand.run(8)
+    assert work.calls[2].done()
+    assert work.pace.lull is not None
+    work.by_hand.run(1)  # a quarter of those that were left
+    waiter.join(PATIENCE)
+    assert not waiter.is_alive()
+    assert work.pace.lull is None
+
+
+@pytest.mark.usefixtures("no_hurry")
+def test_only_one_thread_lingers(
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    waiters = [in_thread(work.take_one)]
+    work.wait_for_lull()
+    waiters.append(in_thread(lambda: work.found.append(work.calls[3].result())))
+    work.by_hand.run(2)
+    wait_until(lambda: work.found == [30], "the other thread")
+    work.by_hand.run(36)
+    for waiter in waiters:
+        waiter.join(PATIENCE)
+    assert work.found == [30, 20]
+
+
+@pytest.mark.parametrize("come_back", [1, 20])
+def test_nobody_lingers_for_long(
+    come_back: int,
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    monkeypatch.setattr(fan_out, "_LINGER", 0.05)
+    work = Waited(monkeypatch, quick=PATIENCE)
+    waiter = in_thread(work.take_one)
+    work.wait_for_lull()
+    work.by_hand.run(come_back)
+    waiter.join(PATIENCE)
+    assert work.found == [20]
+    assert work.pace.lull is None
+
+
+@pytest.mark.usefixtures("no_hurry")
+@pytest.mark.parametrize("quick", [0, PATIENCE])
+def test_nobody_lingers_for_slow_chunks_or_the_last_ones(
+    quick: float,
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Waited(monkeypatch, quick)
+    if quick:
+        work.by_hand.jobs[1:], others = [], work.by_hand.jobs[1:]
+        for job in others[:31]:
+            job()
+        assert work.pace.left == 7
+    waiter = in_thread(work.take_one)
+    wait_until(lambda: work.asked, "a thread to wait")
+    work.by_hand.run(1)
+    waiter.join(PATIENCE)
+    assert work.found == [20]
+
+
+@pytest.mark.usefixtures("no_hurry")
+def test_nobody_lingers_with_a_timeout_or_in_a_thread_of_a_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    with pytest.raises(TimeoutError):
+        work.calls[2].result(0.01)
+    with ThreadExecutor(1) as executor:
+        waiter = executor.submit(work.calls[2].result)
+        executor.submit(int).result(PATIENCE)  # in its place, since it waits
+        work.by_hand.run(1)
+        assert waiter.result(PATIENCE) == 20
+    assert not work.asked
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.usefixtures("no_hurry")
+def test_an_interrupt_ends_the_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        work.wait_for_lull()
+        signal.pthread_kill(main, signal.SIGINT)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        work.take_one()
+    other.join(PATIENCE)
+    assert work.pace.lull is None
+    work.by_hand.run(38)
+    assert [call.result() for call in work.calls] == [10 * x for x in range(40)]
 
 
 @pytest.mark.parametrize("cls", [ThreadExecutor, concurrent.futures.ThreadPoolExecutor])

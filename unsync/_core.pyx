@@ -2141,6 +2141,8 @@ cdef class Unfuture(_Item):
             return 0
         try:
             if this_worker is NULL:
+                if timeout is None:
+                    self.linger()
                 released = blocked.wait(timeout)
             else:
                 released = (<_Worker>this_worker).wait(self, blocked, timeout)
@@ -2149,6 +2151,16 @@ cdef class Unfuture(_Item):
                 self.remove_waiter(blocked)
         if load(&self._status) < CANCELLED:
             raise TimedOutError(f"no outcome after {timeout} seconds: {self!r}")
+        return 0
+
+    cdef int linger(self) except -1:
+        batch = None
+        lock(self)
+        if self._kind == SHARE:
+            batch = self._source
+        unlock(self)
+        if batch is not None:
+            batch.linger()
         return 0
 
     cdef int check_fork(self) except -1:
@@ -2546,6 +2558,12 @@ cdef class Batch:
         :raises pickle.PicklingError: if nothing of it can travel.
         """
         raise NotImplementedError
+
+    def linger(self):
+        """For a thread of no pool that is about to wait for one of the calls, without a timeout.
+
+        It may be kept here for a little while longer than until that one is done.
+        """
 
     def fail(self, job, exc):
         """Asked for its result, the job has raised this, or the thread was interrupted."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import math
 import os
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -51,11 +53,13 @@ _MOST_GROWN = 256
 # launched several at a time: each time wakes the threads of the executor.
 _READ_AHEAD = 4096
 
-# While chunks come back quickly, a consumer that waits in a thread is woken for so many of them at
-# once, or after so many seconds: each time it is woken it takes the GIL from the thread that brings
-# them, and where calls are small that is the one for which all others wait.
-_TOGETHER = 8
-_LINGER = 0.001
+# While chunks come back quickly, a thread that waits for one is woken for so many of them at once,
+# or after so many seconds: each time it is woken it takes the GIL from the thread that brings them,
+# and where calls are small that is the one for which all others wait.
+_TOGETHER = 16
+_LINGER = 0.003
+# Quickly: within so many seconds.
+_QUICK = 0.0005
 
 _PLAIN: frozenset[type] = frozenset(_travel._PLAIN)
 
@@ -136,13 +140,19 @@ def make_calls(
         chunksize = _share(len(read), target.workers)
         items = iter(read)
     chunks: list[_Followed] = []
+    pace = _Pace()
     while part := [*islice(items, chunksize)]:
-        chunks.append(_Followed(target, part))
-    shares = fill_batches(chunks)
+        chunks.append(_Followed(target, part, pace))
+    pace.left = len(chunks)
+    shares: list[list[Unfuture[Any]]] = []
+    # What a pool of processes takes out of its line at once: they begin while the rest is made.
+    first = target.workers + 1
     try:
-        for chunk in chunks:
-            chunk.launch(target.route)
-            chunk.follow()
+        for some in (chunks[:first], chunks[first:]):
+            shares += fill_batches(some)
+            for chunk in some:
+                chunk.launch(target.route)
+                chunk.follow()
     except BaseException:
         for chunk in chunks:
             chunk.drop()  # an interrupt: nobody will hear of these
@@ -379,11 +389,75 @@ class _Chunk(Batch):
             return _common.FAILED, error
 
 
+class _Pace:
+    """How quickly the chunks of `unsync.calls` come back, and the thread that waits for several."""
+
+    __slots__ = ("gap", "last", "left", "lock", "lull", "wanted")
+
+    def __init__(self) -> None:
+        # Guards the others. Reentrant: a finalizer or a signal handler may wait for a call, too.
+        self.lock = threading.RLock()
+        # How many are to come.
+        self.left = 0
+        # When the last one came, and how long after the one before it, in seconds.
+        self.last = self.gap = math.inf
+        # What a thread waits in, and for how many more.
+        self.lull: threading.Lock | None = None
+        self.wanted = 0
+
+    def note(self) -> None:
+        """One has come, says the thread that brought it."""
+        now = time.monotonic()
+        lull = None
+        with self.lock:
+            self.left -= 1
+            self.gap = abs(now - self.last)
+            self.last = now
+            self.wanted -= 1
+            if self.wanted <= 0:
+                lull, self.lull = self.lull, None
+        if lull is not None:
+            lull.release()
+
+    def linger(self) -> None:
+        """Waits until several have come, or a little while, if they come quickly."""
+        lull = threading.Lock()
+        lull.acquire()
+        with self.lock:
+            # The workers have enough to do meanwhile.
+            wanted = min(_TOGETHER, self.left // 4)
+            quickly = self.gap < _QUICK and time.monotonic() - self.last < _QUICK
+            if self.lull is not None or wanted < 2 or not quickly:
+                return
+            self.lull = lull
+            self.wanted = wanted
+        have_come = False
+        try:
+            have_come = lull.acquire(timeout=_LINGER)
+        finally:
+            if not have_come:
+                with self.lock:
+                    self.gap = math.inf
+                    if self.lull is lull:
+                        self.lull = None
+
+
 @final
 class _Followed(_Chunk):
     """One whose calls have Unfutures."""
 
-    __slots__ = ()
+    __slots__ = ("pace",)
+
+    def __init__(self, target: Target, items: list[Any], pace: _Pace) -> None:
+        super().__init__(target, items)
+        self.pace = pace
+
+    def end(self, job: _Job) -> None:
+        super().end(job)
+        self.pace.note()
+
+    def linger(self) -> None:
+        self.pace.linger()
 
     def __call__(self) -> None:
         for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
@@ -731,7 +805,7 @@ class _Outlet(_Channel[T]):
                 self.lingers = self.came > 1
             else:
                 if timeout is None:
-                    is_quick = time.monotonic() - began < _LINGER / 2
+                    is_quick = time.monotonic() - began < _QUICK
                     self.lingers = is_quick and self.target.route is not None
         return found
 
