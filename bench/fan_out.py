@@ -119,27 +119,36 @@ def main() -> None:
             program.setdefault((function, name, size), []).append(taken)
         for case, timings in program.items():
             spent.setdefault(case, []).append(timings)
-    heads = "".join(f" | chunks of {size}" for size in CHUNKS)
+    heads = [f"chunks of {size}" for size in CHUNKS]
     for function in (nothing, little):
-        print(f"\n| {options.calls} calls of `{function.__name__}` (ms){heads} | no size given |")
-        print(f"| --- |{' ---: |' * (len(CHUNKS) + 1)}")
+        rows = {}
         for name in ways(function):
             cells = [spent.get((function.__name__, name, size)) for size in (*CHUNKS, None)]
-            texts = [f"{statistics.median(chain(*cell)):.1f}" if cell else "-" for cell in cells]
-            print(f"| {name} | {' | '.join(texts)} |", flush=True)
+            rows[name] = [
+                f"{statistics.median(chain(*cell)):.1f}" if cell else "-" for cell in cells
+            ]
+        show(
+            f"{options.calls} calls of `{function.__name__}` (ms)", [*heads, "no size given"], rows
+        )
     if options.programs < 2:
         return
     for function in (nothing, little):
-        print(f"\n| `{function.__name__}`, times the time of {PEER}{heads} |")
-        print(f"| --- |{' ---: |' * len(CHUNKS)}")
-        for name in ways(function):
-            if "one by one" in name or name == PEER:
-                continue
-            texts = [
+        rows = {
+            name: [
                 times(spent[function.__name__, name, size], spent[function.__name__, PEER, size])
                 for size in CHUNKS
             ]
-            print(f"| {name} | {' | '.join(texts)} |", flush=True)
+            for name in ways(function)
+            if "one by one" not in name and name != PEER
+        }
+        show(f"`{function.__name__}`, times the time of {PEER}", heads, rows)
+
+
+def show(what: str, heads: list[str], rows: dict[str, list[str]]) -> None:
+    print(f"\n| {' | '.join([what, *heads])} |")
+    print(f"| --- |{' ---: |' * len(heads)}")
+    for name, texts in rows.items():
+        print(f"| {' | '.join([name, *texts])} |", flush=True)
 
 
 def times(ours: list[list[float]], theirs: list[list[float]]) -> str:

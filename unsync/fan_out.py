@@ -221,6 +221,11 @@ def _share(length: int, workers: int) -> int:
     return max(1, min(_MOST, -(-length // (workers * _SHARES))))
 
 
+def _together(chunks: int) -> int:
+    """For how many a thread is woken at once: few enough that the others keep the workers busy."""
+    return max(1, min(_TOGETHER, chunks // 4))
+
+
 def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Unfuture[Any]:
     try:
         unfuture: Unfuture[Any] = function(*args)
@@ -421,16 +426,15 @@ class _Pace:
 
     def linger(self) -> None:
         """Waits until several have come, or a little while, if they come quickly."""
-        lull = threading.Lock()
-        lull.acquire()
         with self.lock:
-            # The workers have enough to do meanwhile.
-            wanted = min(_TOGETHER, self.left // 4)
+            wanted = _together(self.left)
             quickly = self.gap < _QUICK and time.monotonic() - self.last < _QUICK
-            if self.lull is not None or wanted < 2 or not quickly:
+            if self.lull is not None or wanted == 1 or not quickly:
                 return
-            self.lull = lull
+            lull = threading.Lock()
+            lull.acquire()
             self.wanted = wanted
+            self.lull = lull
         have_come = False
         try:
             have_come = lull.acquire(timeout=_LINGER)
@@ -824,8 +828,7 @@ class _Outlet(_Channel[T]):
                         self.came = 0
                         self.wanted = 1
                         if lingers and not self.waiters:
-                            # The workers have enough to do meanwhile.
-                            self.wanted = min(_TOGETHER, max(1, len(self.parts) // 4))
+                            self.wanted = _together(len(self.parts))
                         return self.wait()
             finally:
                 for part in dropped:
