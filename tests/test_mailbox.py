@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import PATIENCE, collect, running, wait_until
 
-from unsync import Unfuture, unsync
+from unsync import ACCELERATED, Unfuture, unsync
 
 InThread = Callable[[Callable[[], object]], threading.Thread]
 
@@ -213,6 +213,45 @@ def test_a_burst_does_not_starve_the_loop() -> None:
     # A drain without an end would let each have its first turn, and then its last.
     assert turns["call_soon"] > 3
     assert turns["timer"] > 3
+
+
+@pytest.mark.parametrize(
+    ("step", "at_a_time"),
+    [
+        pytest.param(0.000021, 128, id="short steps, two milliseconds"),
+        pytest.param(0.00009, 112, id="longer steps, ten milliseconds"),
+        pytest.param(0.001, 16, id="long steps, ten milliseconds at the next look at the clock"),
+    ],
+)
+def test_a_turn_of_the_loop_begins_calls_for_so_long(
+    monkeypatch: pytest.MonkeyPatch, step: float, at_a_time: int
+) -> None:
+    now = 0.0
+    begun = 0
+    between_turns: list[int] = []
+    ended = threading.Event()
+
+    @unsync
+    async def begin() -> None:
+        nonlocal now, begun
+        now += step
+        begun += 1
+
+    def turn() -> None:
+        between_turns.append(begun - sum(between_turns))
+        if begun < len(calls):
+            loop.call_soon(turn)
+        else:
+            ended.set()
+
+    core = "_core" if ACCELERATED else "_core_py"
+    loop = unsync.loop
+    with held(loop):
+        calls = [begin() for _ in range(2 * at_a_time)]
+        loop.call_soon_threadsafe(turn)
+        monkeypatch.setattr(f"unsync.{core}.monotonic", lambda: now)
+    assert ended.wait(PATIENCE)
+    assert [number for number in between_turns if number] == [at_a_time] * 2
 
 
 def test_calls_that_make_calls_do_not_starve_the_loop() -> None:

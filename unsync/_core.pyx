@@ -304,8 +304,11 @@ cdef enum:
     SHARE = 8  # the `Batch` that its call belongs to
     NAME = 9  # of the function that was behind it, once it is done
 
-# A drain gives the loop back to its timers and I/O after this many seconds.
+# A drain gives the loop back to its timers and I/O after so many seconds and items, or after the
+# longer time: each turn costs a poll, in which other threads take the GIL, if there is one.
 cdef double DRAIN_SECONDS = 0.002
+cdef int DRAIN_ITEMS = 128
+cdef double DRAIN_LONGEST = 0.01
 # How many items pass between two looks at the clock.
 cdef int DRAIN_STRIDE = 16
 # How many awaited calls may start one within the other: each takes some of the C stack.
@@ -729,9 +732,9 @@ cdef class Mailbox(_Line):
     def _drain(self):
         cdef _Item item
         cdef int count = 0
-        cdef double now = monotonic()
-        cdef double until = now + DRAIN_SECONDS
-        self.note_lag(nanoseconds(now))
+        cdef double begun = monotonic()
+        cdef double taken
+        self.note_lag(nanoseconds(begun))
         self._running = self._loop()
         self._debug = self._running.get_debug()
         self._calls_before = self._calls
@@ -747,9 +750,9 @@ cdef class Mailbox(_Line):
                 else:
                     item.arrive(self)
                 count += 1
-                if count == DRAIN_STRIDE:
-                    count = 0
-                    if monotonic() >= until:
+                if count % DRAIN_STRIDE == 0:
+                    taken = <double>monotonic() - begun
+                    if taken >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
                         break
         except BaseException:
             # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the

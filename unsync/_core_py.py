@@ -109,8 +109,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
-# A drain gives the loop back to its timers and I/O after this many seconds.
+# A drain gives the loop back to its timers and I/O after so many seconds and items, or after the
+# longer time: each turn costs a poll, in which other threads take the GIL, if there is one.
 DRAIN_SECONDS = 0.002
+DRAIN_ITEMS = 128
+DRAIN_LONGEST = 0.01
 # How many items pass between two looks at the clock.
 DRAIN_STRIDE = 16
 # How many awaited calls may start one within the other: each takes some of the C stack.
@@ -327,13 +330,13 @@ class Mailbox:
         del loop
         self._starts = 0
         items = self._items
-        now = monotonic()
-        until = now + DRAIN_SECONDS
+        begun = monotonic()
         self._drains += 1
         if self._woken_at is not None:
-            self._lag = now - self._woken_at
+            self._lag = begun - self._woken_at
             self._woken_at = None
-        self._busy_since = now
+        self._busy_since = begun
+        count = 0
         try:
             while True:
                 for _ in range(DRAIN_STRIDE):
@@ -347,7 +350,9 @@ class Mailbox:
                         self._time(items.popleft())
                     else:
                         items.popleft()._arrive(self)
-                if monotonic() >= until:
+                count += DRAIN_STRIDE
+                taken = monotonic() - begun
+                if taken >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
                     break
         except BaseException:
             # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the
