@@ -731,9 +731,10 @@ cdef class Mailbox(_Line):
 
     def _drain(self):
         cdef _Item item
+        cdef int _
         cdef int count = 0
         cdef double begun = monotonic()
-        cdef double taken
+        cdef double elapsed
         self.note_lag(nanoseconds(begun))
         self._running = self._loop()
         self._debug = self._running.get_debug()
@@ -742,18 +743,18 @@ cdef class Mailbox(_Line):
         self._starts = 0
         try:
             while True:
-                item = self.take()
-                if item is None:
-                    return
-                if self._debug:
-                    self.time(item)
-                else:
-                    item.arrive(self)
-                count += 1
-                if count % DRAIN_STRIDE == 0:
-                    taken = <double>monotonic() - begun
-                    if taken >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
-                        break
+                for _ in range(DRAIN_STRIDE):
+                    item = self.take()
+                    if item is None:
+                        return
+                    if self._debug:
+                        self.time(item)
+                    else:
+                        item.arrive(self)
+                count += DRAIN_STRIDE
+                elapsed = <double>monotonic() - begun
+                if elapsed >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
+                    break
         except BaseException:
             # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the
             # other items must not suffer.

@@ -351,8 +351,8 @@ class Mailbox:
                     else:
                         items.popleft()._arrive(self)
                 count += DRAIN_STRIDE
-                taken = monotonic() - begun
-                if taken >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
+                elapsed = monotonic() - begun
+                if elapsed >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
                     break
         except BaseException:
             # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the
