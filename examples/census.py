@@ -149,7 +149,8 @@ def start_engine(engine: str) -> Executor:
     if address:
         client = Client(address, timeout=10)
     else:
-        client = Client(threads_per_worker=1, dashboard_address=None)
+        # Any port for its pages, since others may have the usual one.
+        client = Client(threads_per_worker=1, dashboard_address=":0")
         client.run(prepare_process)
     atexit.register(client.close)  # left to itself, Dask ends with warnings
     # Each call is a call, even if there was one like it.

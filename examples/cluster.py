@@ -42,7 +42,7 @@ def engine(name: str) -> Iterator[Executor]:
     else:
         from distributed import Client
 
-        local = {"threads_per_worker": 1, "dashboard_address": None}
+        local = {"threads_per_worker": 1, "dashboard_address": ":0"}
         with Client(**local) if name == "dask" else Client(name) as client:
             yield client.get_executor(pure=False)  # without it, calls that look equal run once
 

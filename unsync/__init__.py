@@ -44,9 +44,12 @@ if not TYPE_CHECKING:  # which would take any name for one that is there
     def __getattr__(name: str) -> object:
         if name == "__version__":
             # Not at import: finding it takes longer than everything else.
-            from importlib.metadata import version
+            from importlib.metadata import PackageNotFoundError, version
 
-            return version("unsync")
+            try:
+                return version("unsync")
+            except PackageNotFoundError:  # in a frozen program or a zip file, say
+                return "unknown"
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module

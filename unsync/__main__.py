@@ -69,6 +69,7 @@ def describe() -> dict[str, Any]:
         "core": "compiled" if ACCELERATED else "pure",
         "file": getattr(_backend, "_core").__file__,  # noqa: B009
         "asked_for_pure": bool(os.environ.get("UNSYNC_NO_EXTENSIONS")),
+        "why_pure": _backend.WHY_PURE,
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "gil": _common.has_gil(),
@@ -77,7 +78,7 @@ def describe() -> dict[str, Any]:
         "loop": type(unsync.loop).__name__,
         "uvloop": _version_of("uvloop"),
         "threads": threads._max_workers,
-        "start_method": (executors.start_method() or multiprocessing).get_start_method(),
+        "start_method": executors.start_method(),
         "start_methods": multiprocessing.get_all_start_methods(),
         "cloudpickle": _version_of("cloudpickle"),
     }
@@ -153,7 +154,7 @@ def measure_both() -> dict[str, dict[str, float]]:
 
 
 def _show(facts: dict[str, Any]) -> None:
-    why = ", which UNSYNC_NO_EXTENSIONS asks for" if facts["asked_for_pure"] else ""
+    why = "" if facts["why_pure"] is None else f": {facts['why_pure']}"
     print(f"unsync {facts['unsync'] or '(not installed)'}, {facts['core']} core{why}")
     print(f"  {facts['file']}")
     gil = "with" if facts["gil"] else "without"

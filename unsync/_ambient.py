@@ -3,37 +3,92 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from time import monotonic
 
 from unsync._backend import Mailbox, set_home
-from unsync._common import CANCELLED, DAEMONIC, logger, outcome_of_asyncio
+from unsync._common import (
+    CANCELLED,
+    DAEMONIC,
+    GREEN_BY,
+    LOOK_AGAIN_SECONDS,
+    START_ATTEMPTS,
+    Latch,
+    check_threads,
+    logger,
+    outcome_of_asyncio,
+    take,
+)
 from unsync._counts import Book
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 # What the thread may take, beyond the grace given to coroutines, to close its loop.
 _CLOSING_SECONDS = 0.5
-# How long a thread whose start was interrupted may take to show that it runs.
-_STARTING_SECONDS = 0.2
+
+
+def _wake() -> None:
+    """Has the loop look at what there is to do."""
+
+
+@contextmanager
+def _aside(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Where threads are greenlets: while the loop waits, it is not the running one.
+
+    asyncio's running loop is that of the one thread that there is, and so of all greenlets. With
+    this one step aside, others may have loops of their own, as by `asyncio.run()`.
+    """
+    selector = getattr(loop, "_selector", None)
+    if GREEN_BY is None or selector is None:
+        yield
+        return
+    select, other = selector.select, asyncio._get_running_loop()
+
+    def select_aside(timeout: float | None = None) -> object:
+        nonlocal other
+        asyncio._set_running_loop(other)
+        try:
+            return select(timeout)
+        finally:
+            other = asyncio._get_running_loop()
+            asyncio._set_running_loop(loop)
+
+    selector.select = select_aside
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        selector.select = select
+        asyncio._set_running_loop(other)
 
 
 class _AmbientLoop:
     """One loop in its thread, from its start to its end."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, book: Book, ended: Callable[[_AmbientLoop], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        book: Book,
+        begins: Callable[[_AmbientLoop], None],
+        ended: Callable[[_AmbientLoop], None],
     ) -> None:
         self.loop = loop
         self._book = book
+        self._begins = begins
         self._ended = ended
         self.mailbox = Mailbox(loop)
         self.mailbox.open_bell()
-        self.thread = threading.Thread(target=self._run, name="unsync", daemon=DAEMONIC)
-        # Set by the thread as soon as it runs.
-        self.begun = threading.Event()
+        self.thread = self._new_thread()
+        # Taken by the thread when it begins, or by whoever gives it up: it belongs to the first.
+        self._to_begin: deque[None] = deque([None])
+        # By which thread it is started; set when that is done; and when it has begun, or will not.
+        self._starter: dict[str, int] = {}
+        self._is_started = False
+        self._settled = Latch()
         # These two are set before the loop is stopped, by whoever stops it first.
         self._until: float | None = None
         self._stopping = False
@@ -42,13 +97,67 @@ class _AmbientLoop:
         self._wound_up = False
         self._all_ended = True
 
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="unsync", daemon=DAEMONIC)
+
+    def start(self) -> None:
+        """Starts the thread, unless it is started, or another thread is doing so.
+
+        But if a finalizer or signal handler comes here while its own thread is doing so, it starts
+        one as well, since it may wait for a call. The one that begins second ends at once.
+
+        :raises BaseException: why none could be started; or a Ctrl-C that struck meanwhile, which
+            keeps the thread from being started if it strikes again and again.
+        """
+        me = threading.get_ident()
+        if self._is_started or not self._to_begin or self._starter.setdefault("", me) != me:
+            return
+        interrupt: BaseException | None = None
+        for _ in range(START_ATTEMPTS):
+            try:
+                # Each time another one: this may be within the start of the one before.
+                self._new_thread().start()
+            except Exception:
+                if self._give_up_start():
+                    raise
+            except BaseException as exc:
+                interrupt = exc
+                if self._to_begin:
+                    continue  # whether it was started nobody knows
+            self._is_started = True
+            break
+        else:
+            self._give_up_start()
+        if interrupt is not None:
+            raise interrupt
+
+    def wait_until_begun(self) -> None:
+        """Or until it is given up."""
+        self._settled.wait()
+
+    def _give_up_start(self) -> bool:
+        """Whether the thread has not begun, and now never will."""
+        if not take(self._to_begin):
+            return False
+        self._ended(self)
+        self.mailbox.close_bell()
+        self.loop.close()
+        self.mailbox.close()
+        self._book.close(self.mailbox)
+        self._settled.set()
+        return True
+
     def _run(self) -> None:
-        self.begun.set()
+        if not take(self._to_begin):
+            return
+        self.thread = threading.current_thread()
+        self._begins(self)
+        self._settled.set()
         asyncio.set_event_loop(self.loop)
         self.mailbox.thread_id = threading.get_ident()
         try:
             while not self._stopping:
-                self._survive(self.loop.run_forever)
+                self._survive(self._run_forever)
             # Again, if a call came in the loop's last turn.
             while not self._wound_up or (self.mailbox.live and not self._time_is_up()):
                 self._survive(self._run_wind_up)
@@ -70,9 +179,14 @@ class _AmbientLoop:
         with suppress(KeyboardInterrupt, SystemExit):
             run()
 
+    def _run_forever(self) -> None:
+        with _aside(self.loop):
+            self.loop.run_forever()
+
     def _run_wind_up(self) -> None:
         # A task of our own making: the user's task factory has no say in this.
-        self.loop.run_until_complete(asyncio.Task(self._wind_up(), loop=self.loop))
+        with _aside(self.loop):
+            self.loop.run_until_complete(asyncio.Task(self._wind_up(), loop=self.loop))
 
     async def _wind_up(self) -> None:
         """Cancels all tasks and waits for them, until the time is up."""
@@ -97,7 +211,15 @@ class _AmbientLoop:
             self._stopping = True
             with suppress(RuntimeError):  # it is closed already
                 self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(None if timeout is None else timeout + _CLOSING_SECONDS)
+        if self._give_up_start():
+            return True
+        self.wait_until_begun()
+        until = math.inf if timeout is None else monotonic() + timeout + _CLOSING_SECONDS
+        self.thread.join(min(until - monotonic(), LOOK_AGAIN_SECONDS))
+        while self.thread.is_alive() and monotonic() < until:
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(_wake)  # if the first wakeup was lost
+            self.thread.join(min(until - monotonic(), LOOK_AGAIN_SECONDS))
         if self.thread.is_alive():
             # A coroutine blocks the thread. Those who wait for it, or behind it, must not.
             self._give_up()
@@ -120,6 +242,7 @@ class _AmbientLoop:
 
     def disown(self) -> None:
         """In the child of a fork: what the parent's loop has to do is none of our business."""
+        take(self._to_begin)
         for task in self.mailbox.live:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
         self.mailbox.close()
@@ -129,10 +252,12 @@ class Ambient:
     """Holds the ambient loop, if there is one, and how to make the next."""
 
     def __init__(self) -> None:
-        # Guards `_current` and `_factory`; held over a fork.
+        # Guards `_holder` and `_factory`; held over a fork, and while a loop is made, but not while
+        # its thread starts. A finalizer or signal handler may come in between, in the same thread,
+        # and make a loop, too: the first that is there counts.
         self.lock = threading.RLock()
         self.book = Book(7)
-        self._current: _AmbientLoop | None = None
+        self._holder: dict[str, _AmbientLoop] = {}
         self._factory: LoopFactory | None = None
         # What a parent process left: its loop must be neither used nor closed here.
         self._inherited: list[_AmbientLoop] = []
@@ -144,29 +269,35 @@ class Ambient:
     def _running(self) -> _AmbientLoop:
         with self.lock:
             current = self._current
-            if current is not None:
-                return current
-            loop = (self._factory or asyncio.new_event_loop)()
-            if not isinstance(loop, asyncio.AbstractEventLoop):
-                raise TypeError(f"unsync.loop_factory must make an event loop, not {loop!r}")
-            current = _AmbientLoop(loop, self.book, self._forget)
-            self.book.open(current.mailbox)
-            try:
-                current.thread.start()
-            except BaseException:
-                # Ctrl-C, too, may end the wait for a thread that has started and goes on.
-                if current.begun.wait(_STARTING_SECONDS):
-                    self._use(current)
-                else:
-                    current.mailbox.close_bell()
-                    loop.close()
-                    self.book.close(current.mailbox)
-                raise
-            self._use(current)
-            return current
+            if current is None:
+                current = self._hold(self._make())
+        # Not under the lock: the new thread may want it before it runs, for a finalizer's call.
+        current.start()
+        return current
 
-    def _use(self, ambient: _AmbientLoop) -> None:
-        self._current = ambient
+    def _make(self) -> _AmbientLoop:
+        check_threads()
+        loop = (self._factory or asyncio.new_event_loop)()
+        if not isinstance(loop, asyncio.AbstractEventLoop):
+            raise TypeError(f"unsync.loop_factory must make an event loop, not {loop!r}")
+        return _AmbientLoop(loop, self.book, self._begins, self._forget)
+
+    def _hold(self, made: _AmbientLoop) -> _AmbientLoop:
+        """The one that counts."""
+        current = self._holder.setdefault("", made)
+        if current is made:
+            self.book.open(made.mailbox)
+        else:
+            made.mailbox.close_bell()
+            made.loop.close()
+        return current
+
+    @property
+    def _current(self) -> _AmbientLoop | None:
+        return self._holder.get("")
+
+    def _begins(self, ambient: _AmbientLoop) -> None:
+        """In its thread: from now on a call finds it without asking here."""
         set_home(ambient.mailbox, self._start)
 
     @property
@@ -175,7 +306,9 @@ class Ambient:
 
     @property
     def thread(self) -> threading.Thread:
-        return self._running().thread
+        current = self._running()
+        current.wait_until_begun()
+        return current.thread
 
     @property
     def loop_factory(self) -> LoopFactory | None:
@@ -215,14 +348,15 @@ class Ambient:
         """The next call starts another one."""
         with self.lock:
             if self._current is ambient:
-                self._current = None
+                # In this order: the next one can come only then.
                 set_home(None, self._start)
+                del self._holder[""]
 
     def after_fork(self) -> None:
         """In the child: the thread stayed with the parent, and so did its loop's descriptors."""
         self.lock = threading.RLock()
         self.book = Book(7)
-        inherited, self._current = self._current, None
+        inherited = self._holder.pop("", None)
         set_home(None, self._start)
         if inherited is not None:
             self._inherited.append(inherited)

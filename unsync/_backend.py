@@ -1,7 +1,9 @@
 """Picks the core: the compiled one where it is there, else its twin in plain Python.
 
 `UNSYNC_NO_EXTENSIONS`, if it is set and not empty, selects the fallback, as PyPy does by itself. So
-do sub-interpreters: the compiled core belongs to one interpreter of a process.
+do sub-interpreters: the compiled core belongs to one interpreter of a process. And so does gevent's
+or eventlet's monkey patching, which makes greenlets of threads: the compiled core's locks are the
+system's, which hold up all of them.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import os
 import sys
 from typing import TYPE_CHECKING
+
+from unsync._common import GREEN_BY
 
 __all__ = [
     "ACCELERATED",
@@ -34,12 +38,22 @@ __all__ = [
 ACCELERATED: bool
 """Whether the compiled core is in use."""
 
+WHY_PURE: str | None
+"""Why it is not, for people to read; None if it is."""
 
-def _wants_fallback() -> bool:
-    return bool(os.environ.get("UNSYNC_NO_EXTENSIONS")) or sys.implementation.name != "cpython"
+
+def _why_not() -> str | None:
+    if os.environ.get("UNSYNC_NO_EXTENSIONS"):
+        return "UNSYNC_NO_EXTENSIONS asks for it"
+    if sys.implementation.name != "cpython":
+        return f"this is {sys.implementation.name}"
+    if GREEN_BY is not None:
+        return f"{GREEN_BY} has made greenlets of the threads"
+    return None
 
 
-if TYPE_CHECKING or _wants_fallback():
+WHY_PURE = _why_not()
+if TYPE_CHECKING or WHY_PURE is not None:
     from unsync import _core_py as _core
 
     ACCELERATED = False
@@ -57,6 +71,7 @@ else:
         from unsync import _core_py as _core
 
         ACCELERATED = False
+        WHY_PURE = "this is a sub-interpreter" if not was_not_built else "the other was not built"
 
 BIND_CLASS = _core.BIND_CLASS
 BIND_INSTANCE = _core.BIND_INSTANCE

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import _thread
 import asyncio
-import builtins
 import concurrent.futures
 import functools
 import inspect
@@ -18,16 +17,20 @@ import queue
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine, MutableSequence
+from contextvars import Context
+from time import monotonic
 from types import CoroutineType, FunctionType, GeneratorType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
-    from contextvars import Context
     from types import TracebackType
 
     from unsync._core_py import Unfuture
+
+T = TypeVar("T")
 
 logger = logging.getLogger("unsync")
 
@@ -38,7 +41,78 @@ MailboxCounts = tuple[tuple[int, int, int, int, int, int, int], int, float]
 # Of a job queue: that, jobs in the line, workers, idle ones, ones that wait.
 QueueCounts = tuple[WorkCounts, int, int, int, int]
 
-running_loop = asyncio._get_running_loop
+# What a thread is in while it waits, and may be a pool's: told what ends the wait by `interrupt()`.
+PoolWait = Callable[[Any], "AbstractContextManager[None]"]
+
+# gevent and eventlet make greenlets of one thread out of all threads, by patching modules.
+
+
+def green_by() -> str | None:
+    """What has done so by now, "gevent" or "eventlet"; None if nothing has."""
+    for library, module, asked, name in (
+        ("gevent", "gevent.monkey", "is_module_patched", "threading"),
+        ("eventlet", "eventlet.patcher", "is_monkey_patched", "thread"),
+    ):
+        is_patched = getattr(sys.modules.get(module), asked, None)
+        if is_patched is not None and is_patched(name):
+            return library
+    return None
+
+
+# At the import of this module: what came later must not be used.
+GREEN_BY = green_by()
+_own_get_ident = threading.get_ident
+
+
+def check_threads() -> None:
+    """Called before a thread is started, and before one waits.
+
+    :raises RuntimeError: if threads have become greenlets since unsync was imported: its locks
+        would hold up all of them, and the one that would release them as well.
+    """
+    if threading.get_ident is not _own_get_ident:
+        library = green_by()
+        if library != GREEN_BY:
+            patch = (
+                "gevent.monkey.patch_all()" if library == "gevent" else "eventlet.monkey_patch()"
+            )
+            raise RuntimeError(
+                f"{library} has patched Python's threads after unsync was imported, and waiting "
+                f"would freeze the whole process; call {patch} before anything imports unsync"
+            )
+
+
+if GREEN_BY is None:
+    running_loop = asyncio._get_running_loop
+else:
+
+    def running_loop() -> asyncio.AbstractEventLoop | None:
+        """The loop that runs in this greenlet; asyncio knows one for all of them."""
+        loop = asyncio._get_running_loop()
+        if getattr(loop, "_thread_id", None) in (None, threading.get_ident()):
+            return loop
+        return None
+
+
+# What a loop of one of these classes runs cannot run it in turn, unless somebody has replaced its
+# `run_until_complete`, which they have from a common base.
+STOCK_LOOPS: frozenset[type] = frozenset(
+    getattr(asyncio, name)
+    for name in ("SelectorEventLoop", "ProactorEventLoop")
+    if hasattr(asyncio, name)
+)
+OWN_RUN = asyncio.BaseEventLoop.run_until_complete
+
+
+def may_be_reentered(kind: type[asyncio.AbstractEventLoop]) -> bool | None:
+    """Whether what such a loop runs may run the loop in turn, as Qt's modal dialogs do.
+
+    None if it may not, unless `run_until_complete` is not asyncio's own: nest_asyncio replaces it.
+    """
+    if kind.__module__ in ("uvloop", "winloop"):
+        return False  # they refuse
+    return None if kind in STOCK_LOOPS and OWN_RUN.__module__ == "asyncio.base_events" else True
+
 
 # Set by the exit handlers, before they break what still runs.
 exiting = False
@@ -89,16 +163,6 @@ class CancelledError(concurrent.futures.CancelledError, asyncio.CancelledError):
     """What a cancelled Unfuture raises to a thread: asyncio's and concurrent.futures' error."""
 
 
-if sys.version_info >= (3, 11):
-    TimedOutError = builtins.TimeoutError
-else:
-
-    class TimedOutError(
-        concurrent.futures.TimeoutError, asyncio.TimeoutError, builtins.TimeoutError
-    ):
-        """Python 3.11 made these three one; before, this one satisfies whoever catches any."""
-
-
 def already_done_error(unfuture: Unfuture[Any]) -> InvalidStateError:
     return InvalidStateError(f"this Unfuture already has its outcome: {unfuture!r}")
 
@@ -115,6 +179,12 @@ def exhausted_error(
     return error
 
 
+def interrupted_start_error(interrupt: BaseException) -> RuntimeError:
+    error = RuntimeError("no thread could be started for this call: its start was interrupted")
+    error.__cause__ = interrupt
+    return error
+
+
 def full_error(limit: int, room: int, patient: bool) -> queue.Full:
     why = "; in an event loop it does not wait" if patient else ""
     return queue.Full(
@@ -127,6 +197,45 @@ def would_deadlock_error(unfuture: Unfuture[Any]) -> InvalidStateError:
     return InvalidStateError(
         f"{unfuture!r} is not done, and waiting for it in unsync.thread would block the ambient "
         "event loop for ever; use 'await' instead"
+    )
+
+
+def would_block_error() -> InvalidStateError:
+    return InvalidStateError(
+        "not all of them are done, and waiting for them in unsync.thread would block the ambient "
+        "event loop; use 'await' instead, with asyncio.wait() or asyncio.as_completed()"
+    )
+
+
+def not_iterable_error(unfuture: object) -> TypeError:
+    return TypeError(
+        f"{unfuture!r} cannot be iterated over: its result can, which .result() gives in a thread "
+        "and await in a coroutine"
+    )
+
+
+def no_loop_error(unfuture: Unfuture[Any]) -> RuntimeError:
+    return RuntimeError(
+        f"no event loop runs in this thread that {unfuture!r} could be awaited in: call "
+        "asyncio.gather(), shield() and the like inside a coroutine, or wait for one after the "
+        "other, as in [call.result() for call in calls]"
+    )
+
+
+def set_up_error(thing: object) -> RuntimeError:
+    return RuntimeError(f"{thing!r} has been set up already")
+
+
+def circle_error() -> TypeError:
+    return TypeError(
+        "a continuation cannot return the Unfuture that waits for it, nor one that waits for that"
+    )
+
+
+def refused_running_error(unfuture: Unfuture[Any], status: int) -> RuntimeError:
+    why = "what stands behind this Unfuture says itself when it begins"
+    return RuntimeError(
+        f"{why if status == PENDING else 'this Unfuture is not pending'}: {unfuture!r}"
     )
 
 
@@ -203,6 +312,30 @@ def check_callable(what: str, function: object) -> None:
         raise TypeError(f"{what} must be callable, not {function!r}")
 
 
+def check_context(context: object) -> None:
+    """:raises TypeError: if callbacks cannot be called in it."""
+    if not isinstance(context, Context):
+        raise TypeError(f"a contextvars.Context is needed, not {context!r}")
+
+
+def check_timeout(timeout: float) -> None:
+    """:raises ValueError: if it is no number."""
+    if math.isnan(timeout):
+        raise ValueError("a timeout is a number of seconds, not nan")
+
+
+def check_outcome(status: int, outcome: object) -> None:
+    """For what the core is told by others.
+
+    :raises ValueError: if no Unfuture ends with this status.
+    :raises TypeError: if it says that the outcome is an exception, and it is none.
+    """
+    if not CANCELLED <= status <= FAILED:
+        raise ValueError(f"{status!r} is not the status of anything that is done")
+    if status == FAILED and not isinstance(outcome, BaseException):
+        raise TypeError(f"a failure is an exception, not {outcome!r}")
+
+
 def is_coroutine(value: object) -> bool:
     return isinstance(value, Coroutine)
 
@@ -248,6 +381,10 @@ def log_failed_callback(
     callback: Callable[[Unfuture[Any]], object], unfuture: Unfuture[Any], failure: BaseException
 ) -> None:
     logger.error("exception calling callback for %r: %r", unfuture, callback, exc_info=failure)
+
+
+def log_failed_waking(waiter: object, unfuture: Unfuture[Any], failure: BaseException) -> None:
+    logger.error("waking %r for %r failed", waiter, unfuture, exc_info=failure)
 
 
 async def wait_for_awaitable(awaitable: Any) -> Any:
@@ -381,9 +518,15 @@ def rebuild(cls: type[Unfuture[Any]] | None, status: int, outcome: Any) -> Unfut
     return unfuture
 
 
-# A thread of a pool that waits while no other is at work looks this often, in seconds, whether it
-# will be woken.
+# A thread that waits looks this often, in seconds, whether it will be woken: whether the ambient
+# loop has heard of what was left for it; in a pool where no other thread is at work, whether that
+# will change.
 LOOK_AGAIN_SECONDS = 1.0
+# How often a thread's start is tried that is interrupted.
+START_ATTEMPTS = 3
+# A loop that has been woken and does not come for so long, in seconds, is woken again: it may be
+# busy, or the wakeup was lost.
+WAKE_AGAIN_SECONDS = 0.1
 
 
 def waits_for_ever(
@@ -406,7 +549,7 @@ def waits_for_ever(
     call = unfuture_class(look())
     try:
         found: bool = call.result(LOOK_AGAIN_SECONDS)
-    except (TimedOutError, concurrent.futures.CancelledError):
+    except (TimeoutError, concurrent.futures.CancelledError):
         call.cancel()
         return False  # the loop is kept from its work, or ends
     return found
@@ -450,6 +593,24 @@ def _behind(thing: Any, loop: asyncio.AbstractEventLoop | None) -> list[Any]:
     return [*getattr(thing, "_children", ()), *([] if behind is None else [behind])]
 
 
+def take(token: deque[None]) -> bool:
+    """Whether it was there: one of all who ask has it, in whatever thread, and without a lock."""
+    try:
+        token.pop()
+    except IndexError:
+        return False
+    return True
+
+
+def take_out(line: MutableSequence[T], thing: T) -> bool:
+    """Whether it stood there: one of all who ask has it, as with `take`."""
+    try:
+        line.remove(thing)
+    except ValueError:
+        return False
+    return True
+
+
 class Waiters:
     """What concurrent.futures.wait() and as_completed() ask of a future; made only when asked for.
 
@@ -460,26 +621,42 @@ class Waiters:
 
     __slots__ = ("condition", "waiters")
 
-    def __init__(self, pool_wait: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, pool_wait: PoolWait) -> None:
         self.condition = threading.Condition()
-        self.waiters: list[Any] = _WaiterList(pool_wait)
+        self.waiters: list[Any] = WaiterList(pool_wait)
 
-    def tell(self, unfuture: Unfuture[Any], status: int) -> None:
-        """Tells everybody who waits; the caller holds `condition`."""
+    def tell(self, unfuture: Unfuture[Any], status: int) -> BaseException | None:
+        """Tells everybody who waits; the caller holds `condition`.
+
+        Returns what was raised meanwhile, by a Ctrl-C say.
+        """
+        raised: BaseException | None = None
         for waiter in self.waiters:
-            if status == FINISHED:
-                waiter.add_result(unfuture)
-            elif status == FAILED:
-                waiter.add_exception(unfuture)
-            else:
-                waiter.add_cancelled(unfuture)
+            try:
+                _tell(waiter, unfuture, status)
+            except BaseException as exc:
+                raised = exc
+                if unfuture in getattr(waiter, "finished_futures", ()):
+                    waiter.event.set()
+                else:
+                    _tell(waiter, unfuture, status)
         self.condition.notify_all()
+        return raised
 
 
-class _WaiterList(list[Any]):
+def _tell(waiter: Any, unfuture: Unfuture[Any], status: int) -> None:
+    if status == FINISHED:
+        waiter.add_result(unfuture)
+    elif status == FAILED:
+        waiter.add_exception(unfuture)
+    else:
+        waiter.add_cancelled(unfuture)
+
+
+class WaiterList(list[Any]):
     """The waiters; the event that one of them is going to wait for tells the thread's pool."""
 
-    def __init__(self, pool_wait: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, pool_wait: PoolWait) -> None:
         self._pool_wait = pool_wait
 
     def append(self, waiter: Any) -> None:
@@ -488,14 +665,110 @@ class _WaiterList(list[Any]):
         super().append(waiter)
 
 
+class Latch:
+    """An event that is set once. A finalizer may set it while its own thread waits for it.
+
+    `threading.Event` has a lock, which such a finalizer would wait for for ever. Here each waiter
+    has a lock of its own: it enlists before it looks, and is released after the latch is set.
+    """
+
+    __slots__ = ("_is_set", "_waiters")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiters: list[_thread.LockType] = []
+
+    def set(self) -> None:
+        self._is_set = True
+        while self._waiters:
+            try:
+                waiter = self._waiters.pop()
+            except IndexError:
+                return
+            waiter.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is set, after at most so many seconds."""
+        if not self._is_set and (timeout is None or timeout > 0):
+            waiter = _thread.allocate_lock()
+            waiter.acquire()
+            self._waiters.append(waiter)
+            if not self._is_set:
+                waiter.acquire(True, -1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        return self._is_set
+
+
 class _ToldEvent(threading.Event):
-    def __init__(self, pool_wait: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, pool_wait: PoolWait) -> None:
         super().__init__()
         self._pool_wait = pool_wait
 
+    def interrupt(self) -> None:
+        self.set()
+
     def wait(self, timeout: float | None = None) -> bool:
-        with self._pool_wait():
+        if self.is_set() or (timeout is not None and timeout <= 0):
             return super().wait(timeout)
+        until = math.inf if timeout is None else monotonic() + timeout
+        while True:
+            # It begins to wait anew now and then, and looks whether the loop has to be woken again.
+            with self._pool_wait(self):
+                if super().wait(min(max(until - monotonic(), 0), LOOK_AGAIN_SECONDS)):
+                    return True
+            if monotonic() >= until:
+                return False
+
+
+class CancelRequest:
+    """One call of `cancel()`: the message, and whether what it asks to end has heard of it.
+
+    Made anew by each who cancels, since each must know whether it was in time: who is told True and
+    then sees an outcome that nothing heard its request before, has to raise CancelledError.
+
+    `awaited` and `raised` belong to the thread that calls `cancel()`. `heard` is written by the
+    thread that the future in question belongs to, before that can have an outcome, and read when
+    there is one. `asked` goes from the one thread to the other with the request.
+
+    :param crosses: whether it comes from a thread function that was itself cancelled from a loop,
+        and so is as good as one from there.
+    """
+
+    __slots__ = ("asked", "awaited", "crosses", "heard", "message", "raised")
+
+    def __init__(self, message: object, crosses: bool = False) -> None:
+        self.message = message
+        self.crosses = crosses
+        # The one whose `cancel()` it is, until there is an answer.
+        self.asked: Unfuture[Any] | None = None
+        # Whether the answer comes later, from another thread or after a coroutine's first step.
+        self.awaited = False
+        # What the future's own `cancel()` answered.
+        self.heard = False
+        # What callbacks raised that goes on to who called `cancel()`.
+        self.raised: BaseException | None = None
+
+    def __call__(self, future: asyncio.Future[Any]) -> None:
+        """In the thread that `future` belongs to."""
+        self.heard = future.cancel(self.message)
+        if not self.heard and future.done():
+            # Who asked may be told of the end later, by callbacks that are on their way.
+            future.get_loop().call_soon(self.came_too_late)
+        else:
+            self.asked = None
+
+    def came_too_late(self) -> None:
+        """What it asked to end had ended: as in asyncio, nobody wants to hear of a failure then."""
+        asked, self.asked = self.asked, None
+        if asked is not None:
+            asked._overlook()
+
+    def is_from_loop(self) -> bool:
+        """Whether a function that runs in a thread, and cannot be stopped, is given up for it."""
+        return self.crosses or running_loop() is not None
+
+    def was_lost(self) -> bool:
+        """When there is an outcome: whether that came without anybody having heard of this."""
+        return self.awaited and not self.heard
 
 
 class Mirror:
@@ -513,8 +786,8 @@ class Mirror:
         """
         raise NotImplementedError
 
-    def cancel(self, message: object) -> bool:
-        """Asks the wrapped future to cancel; False if it cannot any more."""
+    def cancel(self, request: CancelRequest) -> bool:
+        """Asks the wrapped future to cancel; False if neither it nor the Unfuture can any more."""
         raise NotImplementedError
 
     def running(self) -> bool:
@@ -571,11 +844,16 @@ class AsyncioMirror(Mirror):
     def _copy(self, future: asyncio.Future[Any]) -> None:
         self._target._complete(*outcome_of_asyncio(future))
 
-    def cancel(self, message: object) -> bool:
+    def cancel(self, request: CancelRequest) -> bool:
+        if running_loop() is self._loop:
+            request(self._future)
+            return request.heard
+        request.awaited = True
         try:
-            self._in_loop(self._future.cancel, message)
+            self._loop.call_soon_threadsafe(request, self._future)
         except RuntimeError:
-            self._target._complete(CANCELLED, message)  # the loop is closed: nobody else will
+            # The loop is closed: nobody else will.
+            self._target._complete(CANCELLED, request.message)
         return True
 
     def running(self) -> bool:
@@ -615,8 +893,14 @@ class ConcurrentMirror(Mirror):
     def attach(self) -> None:
         self._future.add_done_callback(_CopyOutcome(self._target))
 
-    def cancel(self, message: object) -> bool:
-        return self._future.cancel()
+    def cancel(self, request: CancelRequest) -> bool:
+        # A view asks its Unfuture, which answers later.
+        by_request = getattr(self._future, "_request_cancel", None)
+        if self._future.cancel() if by_request is None else by_request(request):
+            return True
+        if request.is_from_loop():
+            self._target._complete(CANCELLED, request.message)  # as for any function that runs
+        return self._target.cancelled()
 
     def running(self) -> bool:
         return self._future.running()

@@ -23,8 +23,8 @@ from asyncio import CancelledError as AsyncioCancelledError
 from asyncio import BaseEventLoop, Task, current_task
 from asyncio import _get_running_loop as running_loop
 from asyncio.tasks import _enter_task, _leave_task
-from collections import deque
 from concurrent.futures import CancelledError as ConcurrentCancelledError
+from os import getpid
 from time import monotonic
 from types import GenericAlias, MethodType
 from weakref import ref
@@ -42,35 +42,52 @@ from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 
 from unsync._common import (
     LOOK_AGAIN_SECONDS,
+    OWN_RUN,
     PLAIN_TYPES,
+    START_ATTEMPTS,
     STATE_NAMES,
-    TimedOutError,
+    WAKE_AGAIN_SECONDS,
+    CancelRequest,
+    Latch,
     Waiters,
     already_done_error,
     awaited_exception,
     cancelled_error,
     check_callable,
+    check_context,
     check_exception,
+    check_outcome,
+    check_threads,
+    check_timeout,
+    circle_error,
     close_unstarted,
     describe,
     exhausted_error,
     full_error,
+    interrupted_start_error,
     is_asyncio_future,
     is_awaitable,
     is_coroutine,
     log_failed_callback,
+    log_failed_waking,
     logger,
+    may_be_reentered,
     mirror_of,
     name_of as any_name_of,
+    no_loop_error,
+    not_iterable_error,
     orphan_error,
     outcome_of_asyncio,
     rebuild,
+    refused_running_error,
     report_failed_callback,
     report_slow,
     report_unseen_failure,
+    set_up_error,
     thrown,
     wait_for_awaitable,
     waits_for_ever,
+    would_block_error,
     would_deadlock_error,
 )
 from unsync._views import asyncio_view, concurrent_view
@@ -178,6 +195,7 @@ cdef extern from "Python.h":
         destructor tp_dealloc
         object (*tp_new)(PyTypeObject *, object, PyObject *)
         initproc tp_init
+        void *tp_vectorcall
     unsigned long Py_TPFLAGS_HAVE_VECTORCALL
     ctypedef PyObject *(*vectorcallfunc)(
         PyObject *callee, PyObject *const *args, size_t nargsf, PyObject *names
@@ -198,6 +216,7 @@ cdef extern from "Python.h":
     void Py_DECREF(PyObject *value) noexcept
     bint is_container "PyObject_IS_GC"(PyObject *value) noexcept
     int PyErr_CheckSignals() except -1
+    PyObject *method_function "PyMethod_GET_FUNCTION"(object method) noexcept
 
 cdef extern from *:
     """
@@ -209,6 +228,21 @@ cdef extern from *:
     #endif
     """
     PyObject *this_worker "unsync_worker"
+
+cdef extern from *:
+    """
+    /* How many firings call callbacks in this thread, each within the one before it; and where the
+       callbacks of a further one are left, if they have to wait: a `_Line` that a firing holds. */
+    #if defined(_MSC_VER) && !defined(__clang__)
+      static __declspec(thread) int unsync_firings = 0;
+      static __declspec(thread) PyObject *unsync_later = NULL;
+    #else
+      static __thread int unsync_firings = 0;
+      static __thread PyObject *unsync_later = NULL;
+    #endif
+    """
+    int firings "unsync_firings"
+    PyObject *later "unsync_later"
 
 cdef extern from *:
     """
@@ -245,13 +279,9 @@ cdef extern from *:
       static void step_aside(void) { sched_yield(); }
     #endif
 
-    /* Whether the stack is far enough from the recursion limit to start something within it: up to
+    /* Whether the stack is far enough from the recursion limit to start something within it: on
        Python 3.11 the limit holds for calls in C, too. */
-    #if PY_VERSION_HEX < 0x030B0000
-      static int has_room(void) {
-        return PyThreadState_Get()->recursion_depth < Py_GetRecursionLimit() / 2;
-      }
-    #elif PY_VERSION_HEX < 0x030C0000
+    #if PY_VERSION_HEX < 0x030C0000
       static int has_room(void) {
         const PyThreadState *thread = PyThreadState_Get();
         return thread->recursion_remaining > thread->recursion_limit / 2;
@@ -295,7 +325,8 @@ cdef enum:
 cdef enum:
     NOTHING = 0
     COROUTINE = 1  # without a task yet; until it is begun `_extra` is the context for it
-    JOB = 2  # a function; until it is begun `_outcome` has its arguments, `_extra` its context
+    JOB = 2  # a function; until it is begun `_outcome` has its arguments, `_extra` its context, and
+    # then the worker that runs it
     TASK = 3  # `_outcome` is its coroutine's name
     CONTINUATION = 4  # the source of a `then`; until it is done `_outcome` is the function
     MAPPING = 5  # the same of a `map`
@@ -311,17 +342,22 @@ cdef int DRAIN_ITEMS = 128
 cdef double DRAIN_LONGEST = 0.01
 # How many items pass between two looks at the clock.
 cdef int DRAIN_STRIDE = 16
-# How many awaited calls may start one within the other: each takes some of the C stack.
+# How many awaited calls may start one within the other, and how many firings may call callbacks so:
+# each takes some of the C stack.
 cdef int NESTING = 32
 # How many may start there and then in one turn of the loop, which others are waiting for.
 cdef int STARTS_IN_A_TURN = 256
 
 cdef bint HAS_EAGER_TASKS = sys.version_info >= (3, 12)
-cdef bint HAS_TASK_CONTEXT = sys.version_info >= (3, 11)
 cdef double LONGEST_WAIT = threading.TIMEOUT_MAX
+
+# Whether somebody has patched the threads: see `check_threads`.
+cdef dict threading_names = threading.__dict__
+cdef object own_get_ident = threading.get_ident
 
 # Counts the forks above this process: an Unfuture of an older one has nobody to finish it.
 cdef unsigned int _generation = 0
+cdef object _process = getpid()
 # Guards the moment when a child first looks at one of its parent's Unfutures.
 cdef object _fork_lock = threading.RLock()
 
@@ -378,9 +414,20 @@ cdef inline bint is_in_home_thread() noexcept:
     )
 
 
+cdef inline int wake_home_again() except -1:
+    """For a thread that is about to wait."""
+    cdef Mailbox mailbox = home_now()
+    if mailbox is not None:
+        mailbox.wake_again()
+    return 0
+
+
 def after_fork():
     """Run in the child: what was pending before the fork will never be finished here."""
-    global _generation, _fork_lock, this_worker
+    global _generation, _fork_lock, _process, this_worker
+    if _process == getpid():
+        return  # it is no child
+    _process = getpid()
     _generation += 1
     _fork_lock = threading.RLock()
     this_worker = NULL  # its queue has no workers here
@@ -395,6 +442,9 @@ cdef object task_result = Task.result
 
 # asyncio's own loops only return their attribute; a subclass may have something else to say.
 cdef object own_get_task_factory = BaseEventLoop.get_task_factory
+
+
+cdef PyObject *own_run = <PyObject *>OWN_RUN  # the name in this module keeps it
 
 
 cdef inline task_factory_of(loop):
@@ -502,11 +552,11 @@ cdef class _Item:
 
     cdef _Item link
 
-    cdef fire(self, Unfuture unfuture):
+    cdef Unfuture fire(self, Unfuture unfuture):
         """Called once, by the thread that finished `unfuture` (or found it done).
 
-        Returns a follower that just got the same outcome, with its waiters, for the caller to
-        fire next: chains are walked with a queue, never by recursion.
+        Returns a follower that just got the same outcome, for the caller to fire its waiters next:
+        chains are walked with a queue, never by recursion.
         """
         raise NotImplementedError
 
@@ -549,11 +599,21 @@ cdef class Mailbox(_Line):
     Any thread may leave something. The first item wakes the loop, later ones only join it,
     until the loop finds the box empty. A closed loop's items are abandoned, each in its own way.
 
+    A platform or an interrupt may lose a wakeup, and an armed box would stay as it is for ever. So
+    whoever leaves the 2nd, 4th, 8th item and so on, or begins to wait, looks whether the loop was
+    woken a while ago and has not come, and wakes it again.
+
+    What a drain runs may run the loop in turn: Qt's modal dialogs do, and programs that use
+    nest_asyncio. Such a loop is asked to come again before a drain begins, so that the inner one
+    sees what is left and what arrives.
+
     The loop is held weakly: it owns the mailbox.
     """
 
     cdef object __weakref__
     cdef object _loop
+    # Whether what the loop runs may run it in turn; None: if its `run_until_complete` was replaced.
+    cdef object _reentered
     # Belongs to the section.
     cdef bint _armed
     # The ambient loop's thread; 0 for a foreign loop.
@@ -572,8 +632,15 @@ cdef class Mailbox(_Line):
     cdef long long _called
     cdef long long _wakeups
     cdef long long _abandoned
-    # When the loop was woken, in nanoseconds of the monotonic clock; 0 once it has come.
+    # In the section: at the how manieth of them somebody looks whether the wakeup was lost, and how
+    # many there are from there to the next such look.
+    cdef long long _look_at
+    cdef long long _stride
+    # When the loop was first woken and when for the last time, since it came here, in nanoseconds
+    # of the monotonic clock; 0 once it has. Any thread may write them: the worst that can come of
+    # it is a wakeup more.
     cdef long long _woken_at
+    cdef long long _rung_at
     # These four are counted, and these two set, by the loop's thread: how many began and ended,
     # how long the loop took to come the last time, and since when it has been at work here.
     cdef long long _begun
@@ -588,23 +655,36 @@ cdef class Mailbox(_Line):
     cdef int _calls
     cdef int _calls_before
     cdef int _starts
-    # The loop, while the box is drained, and whether it is in debug mode.
+    # The loop, while the box is drained, and whether it is in debug mode; and what makes it come
+    # again meanwhile, if it may be entered again.
     cdef object _running
     cdef bint _debug
+    cdef object _again
     # The keywords for the next task, unless they are in use.
     cdef dict _options
     # Before Python 3.12: the task that is being made, its first step, and what catches that.
     cdef object _beginner
     cdef object _first_step
-    cdef object _context
     cdef object _catch
     cdef dict _attributes
 
-    def __init__(self, loop):
-        self._loop = ref(loop)
+    def __cinit__(self):
         self._bell = -1
         self.live = {}
         self._starting = []
+
+    def __init__(self, loop):
+        cdef bint fresh
+        reference = ref(loop)
+        reentered = may_be_reentered(type(loop))
+        lock(self)
+        fresh = self._loop is None
+        if fresh:
+            self._loop = reference
+            self._reentered = reentered
+        unlock(self)
+        if not fresh:
+            raise set_up_error(self)
 
     @property
     def loop(self):
@@ -620,7 +700,7 @@ cdef class Mailbox(_Line):
 
     cdef int post(self, _Item item) except -1:
         """Leaves `item` for the loop; `item.arrive(mailbox)` is called in its thread."""
-        cdef bint wake = False
+        cdef bint wake = False, look = False
         lock(self)
         self.push(item)
         self._posts += 1
@@ -628,31 +708,57 @@ cdef class Mailbox(_Line):
         if not self._armed:
             self._armed = True
             self._wakeups += 1
+            self._stride = 1
+            self._look_at = self._posts + 1
             wake = True
+        elif self._posts == self._look_at:
+            self._stride <<= 1
+            self._look_at += self._stride
+            look = True
         unlock(self)
         if wake:
+            self.wake()
+        elif look:
+            self.wake_again()
+        return 0
+
+    cdef int wake_again(self) except -1:
+        """Called in any thread now and then: wakes a loop that should have come long since."""
+        cdef long long rung_at = peek(&self._rung_at)
+        if rung_at and nanoseconds(monotonic()) - rung_at >= nanoseconds(WAKE_AGAIN_SECONDS):
             self.wake()
         return 0
 
     cdef int wake(self) except -1:
+        cdef long long now = nanoseconds(monotonic())
         loop = self._loop()
-        poke(&self._woken_at, nanoseconds(monotonic()))
+        poke(&self._rung_at, now)
+        if not peek(&self._woken_at):
+            poke(&self._woken_at, now)
         try:
-            if loop is None:
-                self.close()
-            elif running_loop() is loop:
-                loop.call_soon(self._drain)
-            elif not self.ring():
-                loop.call_soon_threadsafe(self._drain)
+            self.wake_loop(loop)
         except BaseException as exc:
             if type(exc) is RuntimeError and loop is not None and loop.is_closed():
                 self.close()
                 return 0
-            # Nobody is coming: whoever posts next must try again. A Ctrl-C may be what failed.
-            lock(self)
-            self._armed = False
-            unlock(self)
+            # A Ctrl-C, say, and nobody else is coming. Drained once too often does no harm.
+            try:
+                self.wake_loop(loop)
+            except BaseException:
+                lock(self)
+                self._armed = False  # whoever posts next must try again
+                unlock(self)
+                raise
             raise
+        return 0
+
+    cdef int wake_loop(self, loop) except -1:
+        if loop is None:
+            self.close()
+        elif running_loop() is loop:
+            loop.call_soon(self._drain)
+        elif not self.ring():
+            loop.call_soon_threadsafe(self._drain)
         return 0
 
     # The bell: an eventfd costs one short system call to ring and one to still. The loop's own way
@@ -662,23 +768,40 @@ cdef class Mailbox(_Line):
         """Has the loop woken by a bell of the mailbox's own, where there is such a thing.
 
         Called before the loop runs, or in its thread.
+
+        :raises RuntimeError: if it runs in another thread.
         """
+        loop = self.own_loop()
         cdef int bell = bell_open()
         if bell < 0:
             return
         try:
-            self._loop().add_reader(bell, self._on_bell)
+            loop.add_reader(bell, self._on_bell)
         except Exception:  # the loop has no readers, and will be woken in its own way
             bell_close(bell)
             return
         lock(self)
-        self._bell = bell
+        self._bell, bell = bell, self._bell
         unlock(self)
+        if bell >= 0:  # there was one already
+            loop.remove_reader(bell)
+            bell_close(bell)
+
+    cdef own_loop(self):
+        """The loop, for those who may call this: its thread, and anybody while it does not run."""
+        loop = self._loop()
+        if running_loop() is not loop and (loop is None or loop.is_running()):
+            raise RuntimeError(f"this is for the thread of {loop!r} only")
+        return loop
 
     def close_bell(self):
-        """Called in the loop's thread before the loop is closed."""
+        """Called in the loop's thread before the loop is closed.
+
+        :raises RuntimeError: if it runs in another thread.
+        """
         cdef int bell = -1
         cdef bint in_use = False
+        loop = self.own_loop()
         lock(self)
         bell = self._bell
         self._bell = -1
@@ -686,7 +809,7 @@ cdef class Mailbox(_Line):
         unlock(self)
         self._options = self._catch = self._attributes = None
         if bell >= 0:
-            self._loop().remove_reader(bell)
+            loop.remove_reader(bell)
             if not in_use:
                 bell_close(bell)
 
@@ -716,7 +839,7 @@ cdef class Mailbox(_Line):
 
     def _on_bell(self):
         bell_still(self._bell)
-        self._drain()
+        self.drain(True)
 
     cdef _Item take(self):
         """The next item; None, and disarmed, if there is none."""
@@ -730,23 +853,42 @@ cdef class Mailbox(_Line):
         return item
 
     def _drain(self):
+        self.drain(False)
+
+    cdef int drain(self, bint in_reader) except -1:
+        """Takes what is here, as much as fits in a turn of the loop, in whose thread this is.
+
+        :param in_reader: whether the loop calls this for the bell.
+        """
         cdef _Item item
         cdef int _
         cdef int count = 0
         cdef double begun = monotonic()
         cdef double elapsed
+        loop = self._loop()
+        if running_loop() is not loop or loop is None:
+            raise RuntimeError(f"this is for the thread of {loop!r} only")
         self.note_lag(nanoseconds(begun))
-        self._running = self._loop()
-        self._debug = self._running.get_debug()
+        outer, self._running = self._running, loop
+        outer_again, self._again = self._again, None
         self._calls_before = self._calls
         self._calls = 0
         self._starts = 0
         try:
+            # In here, since these may be the user's: what they raise is the loop's to hear.
+            self._debug = loop.get_debug()
+            if self.is_reentered(loop):
+                if in_reader:
+                    # An inner run could not call the reader: the context that it has would be in
+                    # use. What is called soon has one of its own.
+                    loop.call_soon(self._drain)
+                    return 0
+                self._again = loop.call_soon(self._drain)
             while True:
                 for _ in range(DRAIN_STRIDE):
                     item = self.take()
                     if item is None:
-                        return
+                        return 0
                     if self._debug:
                         self.time(item)
                     else:
@@ -761,10 +903,34 @@ cdef class Mailbox(_Line):
             self.wake()
             raise
         finally:
-            self._running = None
+            self._running = outer
             poke(&self._busy_since, 0)
             note_idle(False)
+            if self._again is not None:
+                self._again.cancel()
+            self._again = outer_again
         self.wake()
+        return 0
+
+    cdef inline bint is_reentered(self, loop) except -1:
+        """Whether what the loop runs may run it in turn."""
+        if self._reentered is None:
+            run = loop.run_until_complete
+            return type(run) is not MethodType or method_function(run) is not own_run
+        return self._reentered
+
+    cdef inline int note_waiter(self, loop) except -1:
+        """In the loop's thread, by who comes to wait there.
+
+        That may be in a drain which has run what patched the loop.
+        """
+        if self._running is None or self._again is not None or self._reentered is not None:
+            return 0
+        run = type(loop).run_until_complete  # cheaper than the method, for each who waits
+        if <PyObject *>run is not own_run:
+            self._again = loop.call_soon(self._drain)
+            self.close_bell()  # an inner run could not call the reader, which may be at work
+        return 0
 
     cdef inline void note_lag(self, long long now) noexcept:
         """The loop has come."""
@@ -772,6 +938,7 @@ cdef class Mailbox(_Line):
         if woken_at:
             poke(&self._lag, now - woken_at)
             poke(&self._woken_at, 0)
+            poke(&self._rung_at, 0)
         poke(&self._busy_since, now)
 
     cdef inline void count_begun(self) noexcept:
@@ -886,7 +1053,10 @@ cdef class Mailbox(_Line):
             return 0
         self.live[task] = unfuture
         unfuture.started(task, name)
-        task.add_done_callback(_TaskDone(self, unfuture), context=context)
+        cdef _TaskDone done = _TaskDone.__new__(_TaskDone)
+        done.mailbox = self
+        done.unfuture = unfuture
+        task.add_done_callback(done, context=context)
         return 0
 
     cdef make_task(self, coro, context, name):
@@ -919,17 +1089,11 @@ cdef class Mailbox(_Line):
             if HAS_EAGER_TASKS:
                 options["eager_start"] = True
         options["name"] = name
-        if HAS_TASK_CONTEXT:
-            options["context"] = context
-        else:
-            PyContext_Enter(context)
+        options["context"] = context
         try:
             (<PyTypeObject *>Task).tp_init(task, (coro,), options)
         finally:
-            if HAS_TASK_CONTEXT:
-                options["context"] = None
-            else:
-                PyContext_Exit(context)
+            options["context"] = None
             self._options = options
         return 0
 
@@ -952,8 +1116,7 @@ cdef class Mailbox(_Line):
             if catches:
                 del self._attributes["call_soon"]
                 step = self._first_step
-                context = self._context  # on 3.10 a copy, made by the task
-                self._beginner = self._first_step = self._context = None
+                self._beginner = self._first_step = None
         if not catches or step is None:
             return 0
         outer = current_task(loop)
@@ -972,7 +1135,6 @@ cdef class Mailbox(_Line):
         """The loop's `call_soon` while `_beginner` is made."""
         if self._first_step is None and getattr(callback, "__self__", None) is self._beginner:
             self._first_step = callback
-            self._context = context
             return None
         loop = self._loop()
         return type(loop).call_soon(loop, callback, *args, context=context)
@@ -984,10 +1146,6 @@ cdef class _TaskDone:
 
     cdef Mailbox mailbox
     cdef Unfuture unfuture
-
-    def __init__(self, Mailbox mailbox, Unfuture unfuture):
-        self.mailbox = mailbox
-        self.unfuture = unfuture
 
     def __call__(self, task):
         self.mailbox.live.pop(task, None)
@@ -1029,11 +1187,16 @@ cdef name_behind(int kind, source, outcome):
 @cython.final
 @cython.trashcan(True)
 cdef class _Blocked(_Item):
-    """A thread that waits in `result()` or `exception()`."""
+    """A thread that waits in `result()` or `exception()`, or for room in a queue."""
 
     cdef PyThread_type_lock lock
+    # Whether somebody has ended the wait or interrupted it, and so released the lock: belongs to
+    # the section.
+    cdef bint released
     # For a queue's door: whether it left before it was let in. Belongs to the queue's section.
     cdef bint gone
+    # Belongs to the thread that waits: by what the wait was interrupted.
+    cdef object request
 
     def __cinit__(self):
         self.lock = PyThread_allocate_lock()
@@ -1045,29 +1208,62 @@ cdef class _Blocked(_Item):
         if self.lock is not NULL:
             PyThread_free_lock(self.lock)
 
-    cdef fire(self, Unfuture unfuture):
-        wake_thread(self.lock, _idle_thread == PyThread_get_thread_ident())
+    cdef inline bint is_first(self) noexcept:
+        """Whether nobody has released it before."""
+        cdef bint released
+        lock(self)
+        released = self.released
+        self.released = True
+        unlock(self)
+        return not released
+
+    cdef Unfuture fire(self, Unfuture unfuture):
+        if self.is_first():
+            wake_thread(self.lock, _idle_thread == PyThread_get_thread_ident())
+
+    cdef int interrupt(self) except -1:
+        if self.is_first():
+            PyThread_release_lock(self.lock)
+        return 0
 
     cdef bint wait(self, timeout) except? -1:
         """Blocks until it is fired; False after `timeout` seconds. Signal handlers may raise."""
-        cdef double until = 0, left = 0
-        cdef PY_TIMEOUT_T microseconds = -1
-        cdef PyLockStatus status
+        cdef double until = 0, longest = LOOK_AGAIN_SECONDS, left = longest
         if timeout is not None:
-            left = min(max(<double>timeout, 0.0), LONGEST_WAIT)
-            until = <double>monotonic() + left
-            microseconds = <PY_TIMEOUT_T>(left * 1e6)
+            until = <double>monotonic() + min(max(<double>timeout, 0.0), LONGEST_WAIT)
         while True:
-            with nogil:
-                status = PyThread_acquire_lock_timed(self.lock, microseconds, 1)
-            if status == PY_LOCK_ACQUIRED:
-                return True
-            if status == PY_LOCK_FAILURE:
-                return False
-            PyErr_CheckSignals()
+            wake_home_again()
             if timeout is not None:
-                left = until - <double>monotonic()
-                microseconds = <PY_TIMEOUT_T>(max(left, 0.0) * 1e6)
+                left = min(max(until - <double>monotonic(), 0.0), longest)
+            if self.acquire(<PY_TIMEOUT_T>(left * 1e6)):
+                return True
+            if timeout is not None and <double>monotonic() >= until:
+                return False
+
+    cdef int park(self) except -1:
+        """For a worker that has nothing to do: blocks until it is woken."""
+        while not self.acquire(-1):
+            pass
+        return 0
+
+    cdef bint acquire(self, PY_TIMEOUT_T microseconds) except? -1:
+        """Blocks so long, or for ever if that is -1; False if it was not fired, or interrupted."""
+        cdef PyLockStatus status
+        with nogil:
+            status = PyThread_acquire_lock_timed(self.lock, microseconds, 1)
+        if status == PY_LOCK_INTR:
+            PyErr_CheckSignals()
+        return status == PY_LOCK_ACQUIRED
+
+
+cdef int call_soon(loop, function, argument, context) except -1:
+    """The loop's, in its own thread, where nobody else would see to it that this is called."""
+    try:
+        loop.call_soon(function, argument, context=context)
+    except MemoryError:
+        # Then nothing was queued. What was given up on the way here is free now.
+        loop.call_soon(function, argument, context=context)
+    return 0
 
 
 @cython.final
@@ -1079,36 +1275,59 @@ cdef class _Callback(_Item):
     cdef object context
     cdef object loop
     cdef Mailbox mailbox
+    # Once it is done; as long as that is None, it arrives only to end the wait.
     cdef Unfuture unfuture
+    # Whose thread the loop runs in, and waits there, if it is a worker; and in which era. Added
+    # there by gather(), wait(), shield() and the like, it says that their callers wait.
+    cdef _Worker worker
+    cdef unsigned int era
+    # Whether it is bookkeeping of our own, which comes before whoever waits.
+    cdef bint own
 
-    def __init__(self, function, context, loop):
-        self.function = function
-        self.context = context
-        self.loop = loop
-        self.mailbox = None if loop is None else mailbox_of(loop)
+    cdef int begin_wait(self, Unfuture unfuture) except -1:
+        self.worker = <_Worker>this_worker
+        self.era = self.worker.era
+        self.worker.begin_wait(unfuture)
+        return 0
 
-    cdef fire(self, Unfuture unfuture):
+    cdef int end_wait(self) except -1:
+        cdef _Worker worker = self.worker
+        if worker is not None:
+            self.worker = None
+            worker.end_wait(self.era)
+        return 0
+
+    cdef int removed(self) except -1:
+        """It waits no more, says whoever has taken it from the chain."""
+        if self.worker is None:
+            return 0
+        if this_worker is <PyObject *>self.worker:
+            self.end_wait()
+        else:
+            self.mailbox.post(self)
+        return 0
+
+    cdef Unfuture fire(self, Unfuture unfuture):
+        """Where it is bound to a loop, or our own; others come last: see `fire_all`."""
         if self.loop is None:
             self.call(unfuture)
         elif running_loop() is self.loop:
+            self.end_wait()
             self.schedule(unfuture)
         else:
             self.unfuture = unfuture
             self.mailbox.post(self)
 
     cdef call(self, Unfuture unfuture):
-        try:
-            if self.context is None:
-                self.function(unfuture)
-            else:
-                self.context.run(self.function, unfuture)
-        except BaseException as exc:
-            log_failed_callback(self.function, unfuture, exc)
+        if self.context is None:
+            self.function(unfuture)
+        else:
+            self.context.run(self.function, unfuture)
 
     cdef schedule(self, Unfuture unfuture):
         is_ambient = self.mailbox.thread_id is not None
         function = self.call_in_ambient_loop if is_ambient else self.function
-        self.loop.call_soon(function, unfuture, context=self.context)
+        call_soon(self.loop, function, unfuture, self.context)
 
     def call_in_ambient_loop(self, unfuture):
         try:
@@ -1119,6 +1338,9 @@ cdef class _Callback(_Item):
 
     cdef int arrive(self, Mailbox mailbox) except -1:
         """Calls it there and then; a loop in debug mode wants to time each callback."""
+        self.end_wait()
+        if self.unfuture is None:
+            return 0
         if mailbox._debug:
             self.schedule(self.unfuture)
             return 0
@@ -1138,18 +1360,45 @@ cdef class _Callback(_Item):
         return 0
 
     cdef int abandon(self) except -1:
-        logger.debug("%r: its loop is closed, the callback is not called", self.function)
+        if self.unfuture is not None:
+            logger.debug("%r: its loop is closed, the callback is not called", self.function)
         return 0
 
 
-def when_done(Unfuture unfuture, function):
+cdef _Callback callback_of(function, context, loop):
+    cdef _Callback callback = _Callback.__new__(_Callback)
+    callback.function = function
+    callback.context = context
+    callback.loop = loop
+    if loop is not None:
+        callback.mailbox = mailbox_of(loop)
+        callback.mailbox.note_waiter(loop)
+    return callback
+
+
+def when_done(Unfuture unfuture not None, function):
     """Has the thread that finishes it call `function(unfuture)`, whichever loop may run here.
 
     At once if it is done.
     """
-    cdef _Callback callback = _Callback(function, None, None)
-    if not unfuture.add_waiter(callback):
-        callback.fire(unfuture)
+    cdef _Callback callback = callback_of(function, None, None)
+    callback.own = True
+    add_callback(unfuture, callback)
+
+
+def when_told(Unfuture unfuture not None, function):
+    """The same, but when whoever waits has been told, in turn with the callbacks of others."""
+    add_callback(unfuture, callback_of(function, None, None))
+
+
+cdef bint add_callback(Unfuture unfuture, _Callback callback) except -1:
+    """Fires it at once if the Unfuture is done; whether it was not."""
+    if unfuture.add_waiter(callback):
+        return True
+    raised = fire_all(unfuture, callback, may_raise())
+    if raised is not None:
+        raise raised
+    return False
 
 
 @cython.final
@@ -1162,15 +1411,20 @@ cdef class _Park(_Item):
     """
 
     cdef public bint _asyncio_future_blocking
-    cdef bint begun
     cdef bint ended
     cdef Unfuture unfuture
+    # These belong to the section, until the task waits.
+    cdef bint begun
     cdef object loop
     cdef Mailbox mailbox
     cdef object wakeup
     cdef object context
-    # Whose thread the loop runs in, and waits there, if it is a worker.
+    # Whose thread the loop runs in, and waits there, if it is a worker; and in which era.
     cdef _Worker worker
+    cdef unsigned int era
+    # The task's last request to cancel whose answer comes later. They are answered in the order
+    # they were made, so if this one was heard, so were those before it.
+    cdef object request
 
     def __iter__(self):
         return self
@@ -1178,10 +1432,14 @@ cdef class _Park(_Item):
     def __next__(self):
         cdef Unfuture unfuture = self.unfuture
         cdef Mailbox mailbox
+        cdef bint begun
         if not unfuture.is_done():
-            if self.begun:
-                raise RuntimeError("await wasn't used with future")
+            lock(self)
+            begun = self.begun
             self.begun = True
+            unlock(self)
+            if begun:
+                raise RuntimeError("await wasn't used with future")
             loop = running_loop()
             if loop is None:
                 raise RuntimeError(f"no running event loop to wait in for {unfuture!r}")
@@ -1191,8 +1449,12 @@ cdef class _Park(_Item):
                     mailbox.start_now(unfuture)
             if not unfuture.is_done():
                 unfuture.check_not_own(loop)
+                mailbox = mailbox_of(loop)
+                mailbox.note_waiter(loop)
+                lock(self)
                 self.loop = loop
-                self.mailbox = mailbox_of(loop)
+                self.mailbox = mailbox
+                unlock(self)
                 self._asyncio_future_blocking = True
                 return self
         raise StopIteration(unfuture.awaited())
@@ -1214,15 +1476,31 @@ cdef class _Park(_Item):
     # What a task asks of the future that it is parked on.
 
     def get_loop(self):
-        return self.loop
+        lock(self)
+        loop = self.loop
+        unlock(self)
+        return loop
 
     def add_done_callback(self, function, *, context=None):
-        self.wakeup = function
-        self.context = PyContext_CopyCurrent() if context is None else context
+        """:raises RuntimeError: if no task waits here, or it has been called already."""
+        cdef bint fresh
+        if context is None:
+            context = PyContext_CopyCurrent()
+        else:
+            check_context(context)
+        lock(self)
+        fresh = self.loop is not None and self.wakeup is None
+        if fresh:
+            self.wakeup = function
+            self.context = context
+        unlock(self)
+        if not fresh:
+            raise RuntimeError("only the task that is parked here may ask to be called, and once")
         if not self.unfuture.add_waiter(self):
-            self.loop.call_soon(function, self, context=self.context)
+            call_soon(self.loop, function, self, context)
         elif this_worker is not NULL:
             self.worker = <_Worker>this_worker
+            self.era = self.worker.era
             self.worker.begin_wait(self.unfuture)
 
     def remove_done_callback(self, function):
@@ -1235,27 +1513,40 @@ cdef class _Park(_Item):
         cdef _Worker worker = self.worker
         if worker is not None:
             self.worker = None
-            worker.end_wait()
+            worker.end_wait(self.era)
         return 0
 
     def _behind(self):
         return self.unfuture
 
     def cancel(self, msg=None):
-        return self.unfuture.cancel(msg)
+        request = CancelRequest(msg)
+        answer = self.unfuture._request_cancel(request)
+        if request.awaited:
+            self.request = request
+        return answer
 
     def done(self):
         return load(&self.unfuture._status) >= CANCELLED
 
     def result(self):
-        """The task only asks whether to go on: `__next__` gives the outcome to its coroutine."""
+        """The task only asks whether to go on: `__next__` gives the outcome to its coroutine.
+
+        :raises CancelledError: if the task was cancelled, and the outcome came without anybody
+            having heard of that.
+        """
+        # As in asyncio: it was woken for this, even if its coroutine gets CancelledError instead.
+        store(&self.unfuture._unseen, False)
+        request = self.request
+        if request is not None and request.was_lost():
+            raise cancelled_error(request.message, True)
 
     # How the end of the wait reaches the task.
 
-    cdef fire(self, Unfuture unfuture):
+    cdef Unfuture fire(self, Unfuture unfuture):
         if running_loop() is self.loop:
             self.end_wait()
-            self.loop.call_soon(self.wakeup, self, context=self.context)
+            call_soon(self.loop, self.wakeup, self, self.context)
         else:
             self.mailbox.post(self)
 
@@ -1280,51 +1571,267 @@ cdef class _Follower(_Item):
 
     cdef Unfuture target
 
-    cdef fire(self, Unfuture unfuture):
+    cdef Unfuture fire(self, Unfuture unfuture):
         store(&unfuture._unseen, False)
         return pass_on(unfuture, self.target)
 
 
-cdef pass_on(Unfuture source, Unfuture target):
+@cython.final
+@cython.trashcan(True)
+cdef class _Failed(_Item):
+    """Stands for what was raised when somebody was told, for `fire_all` to come upon."""
+
+    cdef object failure
+
+    cdef Unfuture fire(self, Unfuture unfuture):
+        raise self.failure
+
+
+cdef Unfuture pass_on(Unfuture source, Unfuture target):
+    """Gives `target` the same outcome; returns it if its waiters, still in its chain, are to fire.
+
+    Nobody adds to that chain any more. Left there it needs no container, whose making may fail.
+    """
     cdef int status = load(&source._status)
     if status == CANCELLED_AND_NOTIFIED:
         status = CANCELLED
-    chain = target.claim(status, source._outcome, ANY)
-    return None if chain is REFUSED else (target, chain)
+    failure = None
+    try:
+        chain = target.claim(status, source._outcome, ANY)
+    except BaseException as exc:
+        # A Ctrl-C, or there is no memory. Nobody else would finish it.
+        failure = exc
+    if failure is not None:
+        chain = with_failure(target.claim(status, source._outcome, ANY), failure)
+    if chain is REFUSED:
+        return None
+    if chain is None:
+        return None
+    lock(target)
+    target._chain = <_Item>chain
+    unlock(target)
+    return target
 
 
-cdef int fire_all(Unfuture unfuture, _Item chain) except -1:
-    """Fires a finished Unfuture's waiters in the order they came, then its followers' waiters."""
-    cdef _Item waiter, following
-    backlog = None
+cdef with_failure(chain, failure):
+    """The chain that `claim` is to give; `fire_all` notes the failure when it comes to it."""
+    cdef _Failed first
+    if chain is REFUSED:
+        raise failure
+    try:
+        first = _Failed.__new__(_Failed)
+    except MemoryError:
+        return chain
+    first.failure = failure
+    first.link = <_Item>chain
+    return first
+
+
+# In which order.
+#
+# Our own bookkeeping comes first: views, streams and batches are as far as their Unfuture when
+# somebody sees it done. Then, at once and in the order they came, whoever waits: threads, what is
+# bound to a loop, continuations, followers and those who wait for these. Last the callbacks of
+# others without a loop, in their order: they may take any time, or wait for one of the former.
+#
+# Whatever is raised on the way, all are told. A KeyboardInterrupt or SystemExit out of a callback
+# then goes on to who called `set_result` and the like; so does what a log handler raises.
+
+
+cdef fire_all(Unfuture unfuture, _Item chain, bint raises):
+    """Fires a finished Unfuture's waiters, then its followers' waiters, then callbacks.
+
+    Returns what is to be raised when all is done, or None. Raises nothing.
+
+    :param raises: whether the caller will; else everything is logged.
+    """
+    global firings
+    cdef Unfuture follower = None
+    if chain.link is not None:
+        return fire_many(unfuture, chain, raises)
+    # There is one waiter, as mostly.
+    failure = None
+    if type(chain) is not _Callback or (<_Callback>chain).loop is not None:
+        try:
+            follower = chain.fire(unfuture)
+        except BaseException as exc:
+            failure = exc
+        if follower is not None:
+            chain = None
+            lock(follower)
+            chain, follower._chain = follower._chain, chain
+            unlock(follower)
+            return fire_many(follower, chain, raises)
+    elif (<_Callback>chain).own or later is not NULL or firings >= NESTING - 1:
+        return fire_many(unfuture, chain, raises)
+    else:
+        firings += 1
+        try:
+            (<_Callback>chain).call(unfuture)
+        except BaseException as exc:
+            failure = exc
+        firings -= 1
+    return None if failure is None else note_failure(chain, unfuture, failure, raises, None)
+
+
+cdef fire_many(Unfuture unfuture, _Item chain, bint raises):
+    """`fire_all` where there may be many."""
+    cdef _Item own, ready, foreign, waiter, first = None, last = None
+    cdef Unfuture follower, following = None, newest = None
+    cdef _Line line = None
+    raised = None
     while True:
-        waiter = oldest_first(chain)
-        while waiter is not None:
-            following = waiter.link
+        # The newest of the chain comes first; taken apart, each kind has its oldest first.
+        own = ready = foreign = None
+        while chain is not None:
+            waiter = chain
+            chain = waiter.link
+            if type(waiter) is not _Callback or (<_Callback>waiter).loop is not None:
+                waiter.link = ready
+                ready = waiter
+            elif (<_Callback>waiter).own:
+                waiter.link = own
+                own = waiter
+            else:
+                (<_Callback>waiter).unfuture = unfuture
+                waiter.link = foreign
+                foreign = waiter
+        if own is not None:
+            if line is None:
+                line = new_line()
+            raised = keep_books(unfuture, own, line, raises, raised)
+        while ready is not None:
+            waiter = ready
+            ready = waiter.link
             waiter.link = None
             try:
                 follower = waiter.fire(unfuture)
-            except BaseException:
-                logger.exception("waking %r for %r failed", waiter, unfuture)
+            except BaseException as exc:
+                raised = note_failure(waiter, unfuture, exc, raises, raised)
             else:
                 if follower is not None:
-                    if backlog is None:
-                        backlog = deque()
-                    backlog.append(follower)
-            waiter = following
-        if not backlog:
-            return 0
-        unfuture, chain = backlog.popleft()
+                    if newest is None:
+                        following = follower
+                    else:
+                        newest.link = follower
+                    newest = follower
+        if foreign is not None:
+            if last is None:
+                first = foreign
+            else:
+                last.link = foreign
+            last = foreign
+            while last.link is not None:
+                last = last.link
+        if following is None:
+            break
+        unfuture = following
+        following = <Unfuture>unfuture.link
+        unfuture.link = None
+        if following is None:
+            newest = None
+        lock(unfuture)
+        chain, unfuture._chain = unfuture._chain, chain
+        unlock(unfuture)
+    if line is not None and line._first is not None:
+        if last is None:
+            first = line._first
+        else:
+            last.link = line._first
+        line._first = line._last = None
+    if first is not None:
+        raised = call_back(first, raises, raised)
+    return raised
 
 
-cdef _Item oldest_first(_Item chain):
-    cdef _Item first = None, following
-    while chain is not None:
-        following = chain.link
-        chain.link = first
-        first = chain
-        chain = following
-    return first
+cdef keep_books(Unfuture unfuture, _Item own, _Line line, bint raises, raised):
+    """What others want called for that which ends with it, a batch's calls say, goes to `line`."""
+    global later
+    cdef _Item waiter
+    cdef bint nested = later is not NULL or line is None
+    if not nested:
+        later = <PyObject *>line
+    while own is not None:
+        waiter = own
+        own = waiter.link
+        waiter.link = None
+        try:
+            waiter.fire(unfuture)
+        except BaseException as exc:
+            raised = note_failure(waiter, unfuture, exc, raises, raised)
+    if not nested:
+        later = NULL
+    return raised
+
+
+cdef _Line new_line():
+    """None if there is no memory for it: then nothing waits for its turn, but all is called."""
+    try:
+        return _Line.__new__(_Line)
+    except MemoryError:
+        return None
+
+
+cdef call_back(_Item first, bint raises, raised):
+    """Calls those callbacks, or leaves them for the firing in this thread that said to."""
+    global later, firings
+    cdef _Item waiter
+    cdef _Line line = None
+    cdef Unfuture unfuture
+    if later is not NULL:
+        while first is not None:
+            waiter = first
+            first = waiter.link
+            waiter.link = None
+            (<_Line>later).push(waiter)
+        return raised
+    firings += 1
+    try:
+        if firings >= NESTING:
+            # Those of the firings within this one come after its own.
+            line = new_line()
+            later = <PyObject *>line if line is not None else NULL
+        while first is not None:
+            waiter = first
+            first = waiter.link
+            waiter.link = None
+            unfuture = (<_Callback>waiter).unfuture
+            try:
+                (<_Callback>waiter).call(unfuture)
+            except BaseException as exc:
+                raised = note_failure(waiter, unfuture, exc, raises, raised)
+            if first is None and line is not None:
+                first = line._first
+                line._first = line._last = None
+    finally:
+        if line is not None:
+            later = NULL
+        firings -= 1
+    return raised
+
+
+cdef note_failure(_Item waiter, Unfuture unfuture, failure, bint raises, raised):
+    """What is to be raised in the end, when `raised` was to be, and now this."""
+    if raises and isinstance(failure, (KeyboardInterrupt, SystemExit)):
+        if not isinstance(raised, (KeyboardInterrupt, SystemExit)):
+            return failure
+    try:
+        if type(waiter) is _Callback:
+            log_failed_callback((<_Callback>waiter).function, unfuture, failure)
+        else:
+            log_failed_waking(waiter, unfuture, failure)
+    except BaseException as exc:
+        if raises and raised is None:
+            return exc
+    return raised
+
+
+cdef inline bint may_raise() noexcept:
+    """Whether what callbacks raise goes on to who called a method in this thread.
+
+    It would end the ambient loop, or look like the failure of a function that a worker runs.
+    """
+    return this_worker is NULL and not is_in_home_thread()
 
 
 @cython.final
@@ -1386,8 +1893,9 @@ cdef class Unfuture(_Item):
     cdef unsigned int _generation
     # The result, the exception, or the message of a cancellation; before that see `_kind`.
     cdef object _outcome
-    # The context for what has not begun; the message, in a tuple, of a cancel() that came while
-    # a coroutine made its first step; the traceback of a failure.
+    # The context for what has not begun; the worker that a function runs in; the requests to
+    # cancel, in a tuple, that came while a coroutine made its first step; the traceback of a
+    # failure.
     cdef object _extra
     # What is behind a pending or running one: see cancel().
     cdef object _source
@@ -1410,18 +1918,31 @@ cdef class Unfuture(_Item):
         if source is None:
             return
         if isinstance(source, Unfuture):
+            self.set_up(UNFUTURE, source, None)
             self.follow(source)
         elif is_coroutine(source):
             mailbox = home()
-            self._source = source
-            self._extra = copy_context()
-            self._kind = COROUTINE
+            self.set_up(COROUTINE, source, copy_context())
             mailbox.post(self)
         else:
             mirror = mirror_of(self, source)
-            self._source = mirror
-            self._kind = MIRROR
+            self.set_up(MIRROR, mirror, None)
             mirror.attach()
+
+    cdef int set_up(self, int kind, source, extra) except -1:
+        """Puts something behind it, unless there is something, or it has begun or ended."""
+        cdef bint fresh
+        self.check_fork()
+        lock(self)
+        fresh = self._status == PENDING and self._kind == NOTHING
+        if fresh:
+            self._source = source
+            self._extra = extra
+            self._kind = kind
+        unlock(self)
+        if not fresh:
+            raise set_up_error(self)
+        return 0
 
     @classmethod
     def from_value(cls, value):
@@ -1440,14 +1961,15 @@ cdef class Unfuture(_Item):
 
         :raises TimeoutError: after `timeout` seconds.
         :raises InvalidStateError: in `unsync.thread`, if it is not done.
-        :raises CancelledError: if it was cancelled.
+        :raises CancelledError: if it was cancelled; in a function that runs in a thread of ours, if
+            its own call is cancelled from a loop: then this one is cancelled, too.
         :raises BaseException: what the function raised.
         """
         cdef int status
         note_result()
         status = load(&self._status)
         if status < CANCELLED:
-            self.wait(timeout)
+            self.wait(timeout, True)
             status = load(&self._status)
         if status == FINISHED:
             return self._outcome
@@ -1467,7 +1989,7 @@ cdef class Unfuture(_Item):
         note_result()
         status = load(&self._status)
         if status < CANCELLED:
-            self.wait(timeout)
+            self.wait(timeout, True)
             status = load(&self._status)
         if status == FINISHED:
             return None
@@ -1519,7 +2041,16 @@ cdef class Unfuture(_Item):
         return self.is_cancelled()
 
     def get_loop(self):
-        """The running loop, else the ambient one: an Unfuture can be awaited in every loop."""
+        """The running loop: an Unfuture can be awaited in every loop.
+
+        :raises RuntimeError: where none runs, for `asyncio.gather` and its like cannot wait there.
+        """
+        loop = running_loop()
+        if loop is None:
+            raise no_loop_error(self)
+        return loop
+
+    cdef loop_for_view(self):
         loop = running_loop()
         return home()._loop() if loop is None else loop
 
@@ -1529,7 +2060,7 @@ cdef class Unfuture(_Item):
 
         A new one each time. Outcome and cancellation go both ways, as does what is set.
         """
-        return asyncio_view(self, when_done)
+        return asyncio_view(self, self.loop_for_view(), when_done, in_worker)
 
     @property
     def concurrent_future(self):
@@ -1537,7 +2068,7 @@ cdef class Unfuture(_Item):
 
         A new one each time. Outcome and cancellation go both ways, as does what is set.
         """
-        return concurrent_view(self, when_done)
+        return concurrent_view(self, when_done, when_told, in_worker, pool_wait)
 
     def __await__(self):
         """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.
@@ -1552,7 +2083,7 @@ cdef class Unfuture(_Item):
         return park
 
     def __iter__(self):
-        return self.__await__()
+        raise not_iterable_error(self)
 
     # Setting it.
 
@@ -1584,10 +2115,13 @@ cdef class Unfuture(_Item):
         if self._kind == MIRROR:
             mirror = self._source
         unlock(self)
-        if not self.complete(status, outcome, ANY):
+        raised = self.settle(status, outcome, ANY, True)
+        if raised is REFUSED:
             raise already_done_error(self)
         if mirror is not None:
             mirror.push(status, outcome)
+        if raised is not None:
+            raise raised
         return 0
 
     def set_running_or_notify_cancel(self):
@@ -1595,21 +2129,42 @@ cdef class Unfuture(_Item):
 
         Returns False if it was cancelled: then its work must not begin.
 
-        :raises RuntimeError: if it is running or finished.
+        :raises RuntimeError: if it is running or finished, or something stands behind it: a call,
+            a continuation or another future, which says itself when it begins.
         """
-        cdef int status
+        cdef int status, kind
         lock(self)
         status = self._status
-        if status == PENDING:
+        kind = self._kind
+        if status == PENDING and kind == NOTHING:
             store(&self._status, RUNNING)
         elif status == CANCELLED:
             store(&self._status, CANCELLED_AND_NOTIFIED)
         unlock(self)
-        if status == PENDING:
+        if status == PENDING and kind == NOTHING:
             return True
         if CANCELLED <= status <= CANCELLED_AND_NOTIFIED:
             return False
-        raise RuntimeError(f"this Unfuture is not pending: {self!r}")
+        raise refused_running_error(self, status)
+
+    def _begin(self):
+        """For a `Batch` that makes the call itself: marks it running, if it is pending."""
+        cdef bint begun
+        batch = None
+        if this_worker is not NULL:
+            lock(self)
+            if self._kind == SHARE:
+                batch = self._source
+            unlock(self)
+            if batch is not None:
+                (<Batch>batch).made_by(<_Worker>this_worker)
+                (<_Worker>this_worker).begin_call(self)
+        lock(self)
+        begun = self._status == PENDING and self._kind == SHARE
+        if begun:
+            store(&self._status, RUNNING)
+        unlock(self)
+        return begun
 
     def cancel(self, msg=None):
         """Cancels what is behind it; `msg` goes with the CancelledError.
@@ -1618,65 +2173,126 @@ cdef class Unfuture(_Item):
         never will; the source of a `then` is cancelled with it, as what is awaited would be.
         A function that already runs in a thread or a process cannot be stopped: a plain thread
         gets False, as in concurrent.futures; where a loop runs the Unfuture is cancelled and the
-        function's outcome dropped, as in asyncio.
+        function's outcome dropped, as in asyncio. In a thread of ours the function gets
+        CancelledError where it waits, or where it does so next: in `result()` and `exception()`,
+        which cancel what they wait for, in `concurrent.futures.wait()` and `as_completed()`, and
+        for a stream. That happens once. A loop that the function runs is left alone.
 
-        Returns whether it is, or is being, cancelled.
+        Returns whether it is, or is being, cancelled. In the thread of the loop that a coroutine
+        runs in, that is what its task answers: False if it has just ended.
         """
-        cdef Unfuture behind
-        answer, behind = self.cancel_this(msg)
-        while behind is not None:
-            cancelled, behind = behind.cancel_this(msg)
+        return self._request_cancel(CancelRequest(msg))
+
+    def _request_cancel(self, request):
+        """`cancel()` for one who must know, when the outcome comes, whether it was in time."""
+        cdef Unfuture behind, known = None
+        cdef long steps = 0, bound = 1024
+        if request.asked is None:
+            request.asked = self
+        answer, behind = self.cancel_this(request)
+        while behind is not None and behind is not known:
+            steps += 1
+            if steps == bound:  # two threads may have made a circle that `follow` did not see
+                known = behind
+                bound *= 2
+            cancelled, behind = behind.cancel_this(request)
             if answer is None:
                 answer = cancelled
+        if not request.awaited:
+            request.asked = None
+            if load(&self._status) >= CANCELLED:
+                self._overlook()
+        raised = request.raised
+        if raised is not None:
+            request.raised = None
+            raise raised
         return bool(answer)
 
-    cdef tuple cancel_this(self, msg):
+    def _overlook(self):
+        """Who cancelled it came too late, and does not want to hear that it failed."""
+        store(&self._unseen, False)
+
+    cdef tuple cancel_this(self, request):
         """Whether this one is cancelled (None: as the next one is), and the next to cancel."""
         cdef int status, kind
+        worker = None
         self.check_fork()
-        request = (msg,)
         lock(self)
         status = self._status
         kind = self._kind
         source = self._source
-        if status == RUNNING and kind == COROUTINE:
-            # The context has been taken, or is in use: nothing is dropped here.
-            self._extra, request = request, self._extra
+        if kind == JOB and status == RUNNING:
+            worker = self._extra
         unlock(self)
         if status >= CANCELLED:
-            store(&self._unseen, False)  # as in asyncio: who cancels does not want to hear of it
+            self._overlook()
             return status <= CANCELLED_AND_NOTIFIED, None
         if status == RUNNING and kind == COROUTINE:
-            return True, None
+            if self.note_request(request):
+                return True, None
+            return self.cancel_this(request)  # its first step has been made
         if kind == UNFUTURE:
             return None, source
         if kind == TASK:
-            self.cancel_task(source, msg)
-            return True, None
+            return self.cancel_task(source, request), None
         if status == PENDING:
             if kind == MIRROR:
-                if source.cancel(msg):
-                    return True, None
-            elif self.complete(CANCELLED, msg, PENDING):
+                return source.cancel(request), None
+            if self.cancel_now(request, PENDING):
                 if kind == SHARE:
                     (<Batch>source).lose()
                 return True, source if kind == CONTINUATION or kind == MAPPING else None
-            else:
-                return self.cancel_this(msg)  # it began or ended in between
-        if running_loop() is not None:
-            self.complete(CANCELLED, msg, ANY)
+            return self.cancel_this(request)  # it began or ended in between
+        if kind == SHARE:
+            worker = (<Batch>source).maker()
+        if request.is_from_loop() and self.cancel_now(request, ANY):
+            if worker is not None:
+                (<_Worker>worker).cancel_call(self, request)
         return self.is_cancelled(), None
 
-    cdef int cancel_task(self, task, msg) except -1:
+    cdef bint cancel_now(self, request, int expected) except -1:
+        """Whether it was this; what callbacks raise `_request_cancel` raises in the end."""
+        raised = self.settle(CANCELLED, request.message, expected, True)
+        if raised is REFUSED:
+            return False
+        if raised is not None:
+            request.raised = raised
+        return True
+
+    cdef bint note_request(self, request) except -1:
+        """Leaves it for `started`; False if the coroutine does not make its first step any more."""
+        cdef bint begins = True, noted = False
+        request.awaited = True
+        while begins and not noted:
+            former = None
+            lock(self)
+            former = self._extra
+            unlock(self)
+            # Held here, so that nothing is dropped in the section. If it is the context, that has
+            # been taken, or is in use.
+            requests = (*former, request) if type(former) is tuple else (request,)
+            lock(self)
+            begins = self._status == RUNNING and self._kind == COROUTINE
+            if begins and self._extra is former:
+                self._extra = requests
+                noted = True
+            unlock(self)
+        if not noted:
+            request.awaited = False
+        return noted
+
+    cdef bint cancel_task(self, task, request) except -1:
         loop = task.get_loop()
+        if running_loop() is loop:
+            request(task)
+            return request.heard
+        request.awaited = True
         try:
-            if running_loop() is loop:
-                task.cancel(msg)
-            else:
-                loop.call_soon_threadsafe(task.cancel, msg)
+            loop.call_soon_threadsafe(request, task)
         except RuntimeError:
-            self.complete(CANCELLED, msg, ANY)  # the loop is closed, the task will never end
-        return 0
+            # The loop is closed, the task will never end.
+            self.cancel_now(request, ANY)
+        return True
 
     # Going on from it.
 
@@ -1685,7 +2301,13 @@ cdef class Unfuture(_Item):
 
         Added where a loop is running: called in that loop's thread, soon, as in asyncio. Added
         elsewhere: called by the thread that finishes it, at once if it is done, as in
-        concurrent.futures. What a callback raises is logged and stops no other.
+        concurrent.futures. What a callback raises is logged and stops no other. But a
+        KeyboardInterrupt or SystemExit goes on, when all have been called, to a thread that itself
+        called `set_result`, `set_exception`, `cancel` or this; in the threads of unsync, and of
+        pools that finish what stands behind it, it is logged.
+
+        More than 32 within each other are not called before `set_result` returns, but after the
+        ones that they are called in.
 
         :param context: the context to call it in; in a loop the default is a copy of the
             current one.
@@ -1694,11 +2316,13 @@ cdef class Unfuture(_Item):
         if not callable(fn):
             check_callable("a done-callback", fn)
         loop = running_loop()
-        if loop is not None and context is None:
+        if context is not None:
+            check_context(context)
+        elif loop is not None:
             context = PyContext_CopyCurrent()
-        cdef _Callback callback = _Callback(fn, context, loop)
-        if not self.add_waiter(callback):
-            callback.fire(self)
+        cdef _Callback callback = callback_of(fn, context, loop)
+        if add_callback(self, callback) and loop is not None and this_worker is not NULL:
+            callback.begin_wait(self)
 
     def remove_done_callback(self, fn):
         """Removes every callback that equals `fn`; returns how many there were."""
@@ -1715,7 +2339,9 @@ cdef class Unfuture(_Item):
             unlock(self)
         for waiter in found:
             if type(waiter) is _Callback and (<_Callback>waiter).function == fn:
-                removed += self.remove_waiter(waiter)
+                if self.remove_waiter(waiter):
+                    removed += 1
+                    (<_Callback>waiter).removed()
         return removed
 
     def then(self, continuation):
@@ -1748,12 +2374,15 @@ cdef class Unfuture(_Item):
         target._extra = copy_context()
         target._kind = kind
         if not self.add_waiter(target):
-            follower = target.fire(self)
-            if follower is not None:
-                fire_all(follower[0], follower[1])
+            fire_all(self, target, False)
+        elif PyObject_GC_IsTracked(self) and not PyObject_GC_IsTracked(target):
+            # It came to be tracked meanwhile, and `track_chain` may have passed by.
+            lock(target)
+            track(target)
+            unlock(target)
         return target
 
-    cdef fire(self, Unfuture source):
+    cdef Unfuture fire(self, Unfuture source):
         if load(&source._status) != FINISHED:
             store(&source._unseen, False)
             return pass_on(source, self)
@@ -1799,10 +2428,18 @@ cdef class Unfuture(_Item):
             # concurrent.futures.wait() reads the state and enlists under this condition, so the
             # state must not change between the two.
             side = self.side()
-            with side.condition:
-                chain = self.change(status, outcome, expected, side)
-                if chain is not REFUSED:
-                    side.tell(self, load(&self._status))
+            failure = None
+            try:
+                with side.condition:
+                    chain = self.change(status, outcome, expected, side)
+                    if chain is not REFUSED:
+                        failure = side.tell(self, load(&self._status))
+            except BaseException as exc:
+                if chain is RETRY:
+                    raise
+                failure = exc
+            if failure is not None:
+                chain = with_failure(chain, failure)
         return chain
 
     cdef side(self):
@@ -1818,20 +2455,22 @@ cdef class Unfuture(_Item):
         cdef bint again = True
         traceback = outcome.__traceback__ if status == FAILED else None
         chain = REFUSED
-        extra = name = None
+        extra = None
         if status == CANCELLED and side is not None:
             status = CANCELLED_AND_NOTIFIED
         while again:
             again = False
-            behind = detail = None
+            behind = detail = name = None
             lock(self)
             named = self._kind
-            behind = self._source
-            detail = self._outcome
+            if named != NOTHING:
+                behind = self._source
+                detail = self._outcome
             unlock(self)
             # Out here and before: it may run Python code, and an exception that somebody raises in
             # this thread from outside must not come between the change and who waits for it.
-            name = name_behind(named, behind, detail)
+            if named != NOTHING:
+                name = name_behind(named, behind, detail)
             lock(self)
             before = self._status
             if self._side is not side:
@@ -1856,10 +2495,14 @@ cdef class Unfuture(_Item):
                         store(&self._unseen, True)
                     store(&self._status, status)
             unlock(self)
-        if kind == COROUTINE and before == PENDING:
+        if kind == COROUTINE:
             if PyCoro_CheckExact(source):
                 track(source)
-            close_unstarted(source)
+            if before == PENDING:
+                try:
+                    close_unstarted(source)
+                except BaseException as exc:  # a log handler's, or a Ctrl-C
+                    chain = with_failure(chain, exc)
         return chain
 
     cdef int keep_name(self, name) except -1:
@@ -1888,21 +2531,26 @@ cdef class Unfuture(_Item):
 
     cdef bint complete(self, int status, outcome, int expected) except -1:
         """Makes it done and tells everybody; False if it was done already."""
+        return self.settle(status, outcome, expected, False) is not REFUSED
+
+    cdef settle(self, int status, outcome, int expected, bint raises):
+        """What `complete` does; REFUSED, or what callbacks raised that the caller is to raise.
+
+        :param raises: whether it will, in a thread that may.
+        """
         if WITH_GIL or status != FAILED:
-            return self.finish(status, outcome, expected)
+            return self.finish(status, outcome, expected, raises)
         handled = put_aside()
         try:
-            return self.finish(status, outcome, expected)
+            return self.finish(status, outcome, expected, raises)
         finally:
             take_up(handled)
 
-    cdef bint finish(self, int status, outcome, int expected) except -1:
+    cdef finish(self, int status, outcome, int expected, bint raises):
         chain = self.claim(status, outcome, expected)
-        if chain is REFUSED:
-            return False
-        if chain is not None:
-            fire_all(self, chain)
-        return True
+        if chain is REFUSED or chain is None:
+            return chain
+        return fire_all(self, <_Item>chain, raises and may_raise())
 
     cdef bint keep_result(self, result) noexcept:
         """What `complete` comes to for a call from `fill_batches` that nobody waits for yet.
@@ -1932,37 +2580,42 @@ cdef class Unfuture(_Item):
 
     def _complete(self, status, outcome, expected=None):
         """Makes it done and tells everybody; False if it was done already."""
+        check_outcome(status, outcome)
         return self.complete(status, outcome, ANY if expected is None else expected)
 
     cdef int started(self, task, name) except -1:
         """In the ambient loop: its coroutine, called `name`, has become `task`."""
         coro = None
-        request = None
+        requests = None
         lock(self)
         if self._status == RUNNING and self._kind == COROUTINE:
             coro = self._source
-            request = self._extra
+            requests = self._extra
             self._source = task
             self._outcome = name
             self._extra = None
             self._kind = TASK
         unlock(self)
-        if type(request) is tuple:
-            task.cancel(*request)
+        if type(requests) is tuple:
+            for request in <tuple>requests:
+                request(task)
         return 0
 
     cdef int ended_at_once(self, task) except -1:
         """In the ambient loop: its coroutine's first step was its last."""
-        request = None
+        requests = None
         lock(self)
         if self._status == RUNNING and self._kind == COROUTINE:
-            request = self._extra
+            requests = self._extra
         unlock(self)
-        if type(request) is tuple and not task.cancelled() and task.exception() is None:
+        if type(requests) is tuple and not task.cancelled() and task.exception() is None:
             # As in asyncio: a task that cancels itself and then returns is cancelled.
-            self.complete(CANCELLED, request[0], ANY)
+            self.complete(CANCELLED, (<tuple>requests)[len(<tuple>requests) - 1].message, ANY)
         else:
             self.take_outcome(task)
+        if type(requests) is tuple:
+            for request in <tuple>requests:
+                request.came_too_late()
         return 0
 
     cdef int take_outcome(self, task) except -1:
@@ -2009,6 +2662,7 @@ cdef class Unfuture(_Item):
 
         Returns whether that was a coroutine, which has its turn now.
         """
+        cdef bint goes_on
         if type(result) in plain_types:
             self.complete(FINISHED, result, ANY)
         elif isinstance(result, Unfuture):
@@ -2019,13 +2673,17 @@ cdef class Unfuture(_Item):
             coro = result if is_coroutine(result) else wait_for_awaitable(result)
             source = former = None
             lock(self)
-            if self._status == RUNNING:
+            goes_on = self._status == RUNNING
+            if goes_on:
                 source = self._source
                 former = self._outcome
                 self._source = coro
                 self._outcome = None
                 self._kind = COROUTINE
             unlock(self)
+            if not goes_on:  # cancelled while the function ran, say
+                close_unstarted(coro)
+                return False
             mailbox.start(self, coro, context)
             return True
         else:
@@ -2033,30 +2691,78 @@ cdef class Unfuture(_Item):
         return False
 
     cdef int follow(self, Unfuture other) except -1:
-        cdef bint pending = False
+        cdef bint pending = False, has_chain = False, cancelled = False
         if other is self:
-            error = TypeError("a continuation cannot return the Unfuture that waits for it")
-            self.complete(FAILED, error, ANY)
+            self.complete(FAILED, circle_error(), ANY)
             return 0
-        source = former = None
+        source = former = message = None
         lock(self)
         if self._status < CANCELLED:
             pending = True
+            has_chain = self._chain is not None
             track(self)
             source = self._source
             former = self._outcome
             self._source = other
             self._outcome = None
             self._kind = UNFUTURE
+        elif self._status <= CANCELLED_AND_NOTIFIED:
+            cancelled = True
+            message = self._outcome
         unlock(self)
+        if cancelled:
+            # While the function of a continuation ran, which has returned what to wait for.
+            other.cancel(message)
         if not pending:
             return 0
+        if has_chain:
+            self.track_chain()
+            if other.hangs_upon(self):
+                self.complete(FAILED, circle_error(), ANY)
+                return 0
         cdef _Follower follower = _Follower.__new__(_Follower)
         follower.target = self
         if not other.add_waiter(follower):
-            passed = follower.fire(other)
-            if passed is not None:
-                fire_all(passed[0], passed[1])
+            fire_all(other, follower, False)
+        return 0
+
+    cdef bint hangs_upon(self, Unfuture other) except -1:
+        """Whether its outcome is that of `other`, or of a continuation of that, and so on."""
+        cdef Unfuture unfuture = self, known = None
+        cdef long steps = 0, bound = 1024
+        while unfuture is not other:
+            steps += 1
+            if steps == bound:
+                known = unfuture
+                bound *= 2
+            behind = unfuture._behind()
+            if not isinstance(behind, Unfuture) or behind is known:
+                return False
+            unfuture = behind
+        return True
+
+    cdef int track_chain(self) except -1:
+        """What goes on from it, and from that, has nobody else to hold it either."""
+        cdef Unfuture unfuture
+        cdef _Item item
+        cdef list todo = [self], untracked
+        while todo:
+            unfuture = todo.pop()
+            untracked = []
+            lock(unfuture)
+            try:
+                item = unfuture._chain
+                while item is not None:
+                    if isinstance(item, Unfuture) and not PyObject_GC_IsTracked(item):
+                        untracked.append(item)
+                    item = item.link
+            finally:
+                unlock(unfuture)
+            for unfuture in untracked:
+                lock(unfuture)
+                track(unfuture)
+                unlock(unfuture)
+            todo += untracked
         return 0
 
     cdef bint work(self) except -1:
@@ -2074,7 +2780,8 @@ cdef class Unfuture(_Item):
             function = self._source
             arguments = self._outcome
             context = self._extra
-            self._outcome = self._extra = None
+            self._outcome = None
+            self._extra = <object>this_worker
         unlock(self)
         if not begun:
             return False
@@ -2133,12 +2840,25 @@ cdef class Unfuture(_Item):
         unlock(self)
         return found
 
-    cdef int wait(self, timeout) except -1:
-        """Blocks until it is done."""
+    def _wait(self, timeout, bint cancels=True):
+        """Blocks until it is done.
+
+        :param cancels: whether it is cancelled if that is what ends the wait.
+        :raises TimeoutError: after `timeout` seconds.
+        :raises InvalidStateError: in `unsync.thread`, if it is not done.
+        :raises CancelledError: if the call that runs in this thread was cancelled from a loop.
+        """
+        self.wait(timeout, cancels)
+
+    cdef int wait(self, timeout, bint cancels) except -1:
         if is_in_home_thread():
             if not self.is_done():
                 raise would_deadlock_error(self)
             return 0
+        if timeout is not None:
+            check_timeout(timeout)
+        if threading_names["get_ident"] is not own_get_ident:
+            check_threads()
         cdef _Blocked blocked = _Blocked.__new__(_Blocked)
         cdef bint released = False
         if not self.add_waiter(blocked):
@@ -2153,8 +2873,12 @@ cdef class Unfuture(_Item):
         finally:
             if not released:
                 self.remove_waiter(blocked)
+        if blocked.request is not None:
+            if cancels:
+                self._request_cancel(CancelRequest(blocked.request.message, True))
+            raise cancelled_error(blocked.request.message, False)
         if load(&self._status) < CANCELLED:
-            raise TimedOutError(f"no outcome after {timeout} seconds: {self!r}")
+            raise TimeoutError(f"no outcome after {timeout} seconds: {self!r}")
         return 0
 
     cdef int linger(self) except -1:
@@ -2247,6 +2971,8 @@ cdef class Unfuture(_Item):
         side = Waiters(pool_wait)  # made out here: see the head of this file
         lock(self)
         track(self)
+        if self._kind == COROUTINE and PyCoro_CheckExact(self._source):
+            track(self._source)
         if self._side is None:
             self._side = side
         if self._status == CANCELLED:
@@ -2254,6 +2980,21 @@ cdef class Unfuture(_Item):
             store(&self._status, CANCELLED_AND_NOTIFIED)
         unlock(self)
         return self.side()
+
+    def _get_snapshot(self):
+        """What asyncio copies, from Python 3.15 on: done, cancelled, result, exception."""
+        cdef int status = load(&self._status)
+        if status == FINISHED:
+            return True, False, self._outcome, None
+        if status == FAILED:
+            store(&self._unseen, False)
+            return True, False, None, self._outcome
+        return status >= CANCELLED, status >= CANCELLED, None, None
+
+    def _peek(self):
+        """Status and outcome, for who only shows them; the outcome is None before the end."""
+        cdef int status = load(&self._status)
+        return status, self._outcome if status >= CANCELLED else None
 
     @property
     def _cancel_message(self):
@@ -2365,7 +3106,7 @@ if (<PyTypeObject *>Unfuture).tp_dealloc != free_unfuture:
     (<PyTypeObject *>Unfuture).tp_dealloc = free_unfuture
 
 
-def are_all_of(values, frozenset types):
+def are_all_of(values, frozenset types not None):
     """Whether each of them is of one of these types, and of no subtype."""
     # Most are of the same type as the one before.
     cdef PyObject *known = NULL
@@ -2378,7 +3119,9 @@ def are_all_of(values, frozenset types):
     return True
 
 
-def call_each(function, arguments, bint star, frozenset types, list results):
+def call_each(
+    function, arguments, bint star, frozenset types not None, list results not None
+):
     """Adds what it gives for each of them; the first that `are_all_of` refuses is the last one.
 
     :param star: whether they are tuples of arguments, not the only argument.
@@ -2457,11 +3200,19 @@ cdef class Batch:
     cdef object _job
     cdef list _items, _calls
     cdef Py_ssize_t _cancelled  # how many of the calls were
+    cdef _Worker _maker  # what makes the calls, if it is a thread of ours
 
-    def __init__(self, str name, list items):
-        self.name = name
-        self.size = len(items)
-        self._items = items
+    def __init__(self, str name not None, list items not None):
+        cdef bint fresh
+        lock(self)
+        fresh = self.name is None
+        if fresh:
+            self.name = name
+            self.size = len(items)
+            self._items = items
+        unlock(self)
+        if not fresh:
+            raise set_up_error(self)
         for item in items:
             if is_container(<PyObject *>item):
                 break
@@ -2510,6 +3261,20 @@ cdef class Batch:
         unlock(self)
         return [] if calls is None else calls
 
+    cdef int made_by(self, _Worker worker) except -1:
+        """Says the thread that is about to begin one of the calls."""
+        lock(self)
+        self._maker, worker = worker, self._maker
+        unlock(self)
+        return 0
+
+    cdef _Worker maker(self):
+        cdef _Worker worker
+        lock(self)
+        worker = self._maker
+        unlock(self)
+        return worker
+
     cdef int lose(self) except -1:
         """One of the calls was cancelled before it began; the last one takes the job with it."""
         cdef bint is_last
@@ -2527,19 +3292,35 @@ cdef class Batch:
     def end(self, job):
         """The job is done, says the thread that finished it.
 
-        If it gives True and a result for each call, the calls have them at once.
+        If it gives True and a result for each call, the calls have them at once. What others want
+        called for a call is called when all are done.
         """
+        global later
+        cdef _Line line = None
+        if later is NULL:
+            line = new_line()
+            later = <PyObject *>line if line is not None else NULL
+        try:
+            self.end_calls(job)
+        finally:
+            if line is not None:
+                later = NULL
+                if line._first is not None:
+                    call_back(line._first, False, None)
+
+    cdef int end_calls(self, job) except -1:
         try:
             came_back = job.result()
         except BaseException as exc:
             self.fail(job, exc)
-            return
+            return 0
         if self.counter is not None:
             self.counter.end(False, False)
         if self.are_results(came_back):
             finish_calls(self.let_go(), (<tuple>came_back)[1])
         else:
             self.arrive(came_back)
+        return 0
 
     cdef bint are_results(self, came_back) except -1:
         cdef bint has_calls
@@ -2578,18 +3359,20 @@ cdef class Batch:
         raise NotImplementedError
 
 
-def fill_batches(list batches):
+def fill_batches(list batches not None):
     """Makes the calls of each of them, and gives a list of those for each.
 
     They are neither coroutines nor jobs of a queue. Whoever makes a call holds it until it is done.
     """
     cdef Unfuture unfuture
     cdef Batch batch
-    cdef list calls, made = []
+    cdef list calls, _former, made = []
     # The garbage collector would look around after each few hundred, and find nothing.
     cdef bint collects = pause_collector()
     try:
         for batch in batches:
+            if batch is None:
+                raise TypeError("a Batch is needed, not None")
             calls = []
             for _ in range(batch.size):
                 unfuture = blank_on_its_way()
@@ -2597,7 +3380,10 @@ def fill_batches(list batches):
                 unfuture._kind = SHARE
                 calls.append(unfuture)
             PyObject_GC_UnTrack(<PyObject *>calls)  # it need not look at this one either
-            batch._calls = calls  # nobody else knows the batch yet
+            lock(batch)
+            _former = batch._calls
+            batch._calls = calls
+            unlock(batch)
             made.append(calls)
     finally:
         if collects:
@@ -2605,6 +3391,7 @@ def fill_batches(list batches):
     return made
 
 
+@cython.boundscheck(True)  # somebody may have the lists, and change them
 cdef int finish_calls(list calls, list results) except -1:
     """Gives each its result, unless it is done.
 
@@ -2615,6 +3402,8 @@ cdef int finish_calls(list calls, list results) except -1:
     cdef list left = []
     for place in range(len(calls)):
         unfuture = calls[place]
+        if unfuture is None:
+            continue
         if not unfuture.keep_result(results[place]):
             left.append(place)
     for place in left:
@@ -2642,11 +3431,16 @@ cdef class JobQueue(_Line):
     cdef int _limit
     cdef int _spares
     cdef object _spawn
+    cdef unsigned int _generation
     # These belong to the section, as does the line.
     # What each idle worker waits on, by its link the one that went idle before it; and how many.
     cdef _Blocked _parked
     cdef int _idle
+    # How many there are, and how many of those have been sent for and not begun. Such a start is
+    # taken off this count by the thread that begins, or by who finds that none could be started,
+    # whoever is first: so that a start that Ctrl-C interrupts is counted once.
     cdef int _workers
+    cdef int _starting
     # How many of them wait for an Unfuture, the last one that began to, and how many did ever.
     cdef int _blocked
     cdef _Worker _waiting
@@ -2672,14 +3466,25 @@ cdef class JobQueue(_Line):
     cdef long _room
     cdef bint _patient
 
-    def __init__(self, int limit, spawn, int spares=0, long room=-1, bint patient=False):
-        self._limit = limit
-        self._spares = spares
-        self._spawn = spawn
-        self._room = room
-        self._patient = patient
+    def __cinit__(self):
+        self._generation = _generation
+        self._room = -1
         self._door = _Line.__new__(_Line)
-        self._ended = threading.Event()
+        self._ended = Latch()
+
+    def __init__(self, int limit, spawn, int spares=0, long room=-1, bint patient=False):
+        cdef bint fresh
+        lock(self)
+        fresh = self._spawn is None
+        if fresh:
+            self._limit = limit
+            self._spares = spares
+            self._spawn = spawn
+            self._room = room
+            self._patient = patient
+        unlock(self)
+        if not fresh:
+            raise set_up_error(self)
 
     cdef inline int missing(self) noexcept:
         """In the section: how many more workers there should be at work; negative if too many."""
@@ -2694,7 +3499,7 @@ cdef class JobQueue(_Line):
             self._idle -= 1
         return idle
 
-    def submit(self, function, tuple args, dict kwargs):
+    def submit(self, function, tuple args not None, dict kwargs):
         """Has a worker call `function(*args, **kwargs)` in a copy of the current context.
 
         :raises queue.Full: if there is no room, and it must not wait.
@@ -2704,6 +3509,7 @@ cdef class JobQueue(_Line):
         return self.put(function, args, kwargs)
 
     cdef Unfuture put(self, function, tuple args, dict kwargs):
+        """`args` is not None."""
         cdef Unfuture unfuture = blank_on_its_way()
         cdef _Keywords keywords
         cdef _Blocked idle = None
@@ -2738,6 +3544,7 @@ cdef class JobQueue(_Line):
                             self._rousing = WITH_GIL
                         elif self._workers < self._limit:
                             self._workers += 1
+                            self._starting += 1
                             spawn = True
                 else:
                     idle = self.reinforce(&spawn)
@@ -2780,15 +3587,15 @@ cdef class JobQueue(_Line):
         unlock(self)
         if not full:
             return 0
-        with pool_wait():  # it may be another pool's thread
-            try:
+        try:
+            with pool_wait(blocked):  # it may be another pool's thread
                 blocked.wait(None)
-            except BaseException:
-                lock(self)
-                blocked.gone = True
-                unlock(self)
-                self.open_door()  # it may have been let in already
-                raise
+        except BaseException:
+            lock(self)
+            blocked.gone = True
+            unlock(self)
+            self.open_door()  # it may have been let in already
+            raise
         return 0
 
     cdef int open_door(self) except -1:
@@ -2803,7 +3610,7 @@ cdef class JobQueue(_Line):
                 first = <_Blocked>self._door.pop()
         unlock(self)
         if first is not None:
-            PyThread_release_lock(first.lock)
+            first.interrupt()
         return 0
 
     cdef bint drop_cancelled(self) except -1:
@@ -2839,6 +3646,7 @@ cdef class JobQueue(_Line):
             idle = self.next_idle()
             if idle is None and self._workers < self._limit + self._spares:
                 self._workers += 1
+                self._starting += 1
                 spawn[0] = True
         return idle
 
@@ -2859,12 +3667,8 @@ cdef class JobQueue(_Line):
         if idle is not None:
             PyThread_release_lock(idle.lock)
         elif spawn:
-            try:
-                self._spawn()
-            except Exception as exc:
-                # Whoever waits without a worker at work looks again: see `_Worker.wait`.
-                self.end_worker(False)
-                return exc
+            # Whoever waits without a worker at work looks again: see `_Worker.wait`.
+            return self.add_worker(None)
         return None
 
     cdef bint is_stuck(self) except -1:
@@ -2916,60 +3720,117 @@ cdef class JobQueue(_Line):
         unlock(self)
         return not at_work
 
-    cdef int add_worker(self, Unfuture unfuture) except -1:
+    cdef add_worker(self, Unfuture unfuture):
+        """Starts the worker that has been counted; returns why it could not.
+
+        If that leaves none, what stands in the line fails.
+
+        :param unfuture: the job that it was sent for, whose caller hears of it; or None.
+        :raises Exception: why it could not, if that job is refused.
+        :raises KeyboardInterrupt: if it struck meanwhile, or anything that is no Exception; the
+            worker has been started, unless that happened again and again.
+        """
+        cdef int _
+        cdef bint pending, refused
         cdef Py_ssize_t others
-        try:
-            self._spawn()
-        except BaseException as exc:
-            stranded = self.end_worker(True)
-            if unfuture not in stranded:
-                return 0  # another worker does it, or did
-            # Who came later counted on the thread that did not start.
-            for other in stranded:
-                if other is not unfuture:
-                    other._complete(FAILED, exc)
-            others = len(stranded) - 1
+        failure = interrupt = None
+        for _ in range(START_ATTEMPTS):
+            failure = None
+            try:
+                self._spawn()
+            except Exception as exc:
+                failure = exc
+            except BaseException as exc:
+                interrupt = exc
+            else:
+                break
+            if failure is not None:
+                break
+            # Whether one was started nobody knows: of two, the second finds nothing to begin.
+            failure = interrupted_start_error(interrupt)
             lock(self)
-            self._submitted -= 1  # this one's caller hears of it at once
+            pending = self._starting > 0
+            unlock(self)
+            if not pending:
+                break
+        if failure is not None:
+            stranded = self.give_up_start()
+            refused = unfuture is not None and unfuture in stranded
+            for other in stranded:
+                # Who came later counted on the thread that did not start.
+                if other is not unfuture:
+                    other._complete(FAILED, failure)
+            others = len(stranded) - refused
+            lock(self)
+            self._submitted -= refused
             self._failed += others
             unlock(self)
-            raise
-        return 0
+            if refused and interrupt is None:
+                raise failure
+        if interrupt is not None:
+            raise interrupt
+        return failure
 
-    cdef list end_worker(self, bint failed):
-        """Counts one worker less; if the last one failed, returns the jobs that nobody will do."""
+    cdef list give_up_start(self):
+        """Unless it has begun; returns the jobs that nobody will do."""
+        cdef _Item first = None, following
         cdef list stranded = []
         cdef bint ended = False
         lock(self)
-        try:
+        if self._starting > 0:
+            self._starting -= 1
             self._workers -= 1
             if self._workers == 0:
-                while failed and self._first is not None:
-                    stranded.append(self.pop())
-                    self._queued -= 1
+                first, self._first = self._first, None
+                self._last = None
+                self._queued = 0
                 ended = self._refuse is not None
-        finally:
-            unlock(self)
+        unlock(self)
         if ended:
             self._ended.set()
+        while first is not None:
+            following = first.link
+            first.link = None
+            stranded.append(first)
+            first = following
         return stranded
+
+    cdef int end_worker(self) except -1:
+        """Counts one worker less."""
+        cdef bint ended
+        lock(self)
+        self._workers -= 1
+        ended = self._workers == 0 and self._refuse is not None
+        unlock(self)
+        if ended:
+            self._ended.set()
+        return 0
 
     def work(self, prepare=None):
         """A worker's life: runs jobs until the queue is closed and empty.
+
+        Returns at once if no worker is missing: its start was given up, or another one was first.
 
         :raises BaseException: what `prepare` raised; then no job was taken.
         """
         global this_worker
         cdef _Worker worker = _Worker.__new__(_Worker)
         cdef _Blocked parking = _Blocked.__new__(_Blocked), idle
-        cdef Unfuture unfuture, done
-        cdef bint end = False, counted = True, begun = False, roused = False
+        cdef Unfuture unfuture, done, call = None
+        cdef bint end = False, counted = True, begun = False, roused = False, missing
+        request = blocked = None
         worker.queue = self
+        lock(self)
+        missing = self._starting > 0
+        self._starting -= missing
+        unlock(self)
+        if not missing:
+            return
         try:
             if prepare is not None:
                 prepare()
         except BaseException:
-            self.end_worker(False)
+            self.end_worker()
             raise
         try:
             this_worker = <PyObject *>worker
@@ -3010,8 +3871,15 @@ cdef class JobQueue(_Line):
                 worker.job = unfuture
                 if done is not None:
                     self.count_ended(done, begun)
+                    # Held in locals, so that nothing is dropped in here.
+                    if worker.call is not None:
+                        worker.call, call = None, worker.call
+                    if worker.request is not None:
+                        worker.request, request = None, worker.request
+                    if worker.blocked is not None:  # somebody raised something in the thread
+                        worker.blocked, blocked = None, worker.blocked
                 unlock(self)
-                done = None
+                done = call = request = blocked = None
                 if idle is not None:
                     PyThread_release_lock(idle.lock)
                 self.open_door()
@@ -3022,7 +3890,7 @@ cdef class JobQueue(_Line):
                     return
                 else:
                     roused = True
-                    parking.wait(None)
+                    parking.park()
         except BaseException as exc:
             # Nothing of ours raises here: somebody raised it in this thread from outside.
             logger.critical("a worker was killed, another one takes its place", exc_info=True)
@@ -3036,7 +3904,7 @@ cdef class JobQueue(_Line):
             if WITH_GIL:
                 self._rousing = False
             if counted:
-                self.end_worker(False)
+                self.end_worker()
                 self.relieve()
 
     cdef inline void count_ended(self, Unfuture unfuture, bint begun) noexcept:
@@ -3102,19 +3970,20 @@ cdef class JobQueue(_Line):
             parking = following
         parking = <_Blocked>door.pop()
         while parking is not None:
-            PyThread_release_lock(parking.lock)
+            parking.interrupt()
             parking = <_Blocked>door.pop()
 
     def cancel_all(self):
         """Cancels the jobs that have not begun."""
         cdef Unfuture unfuture = self.take()
         while unfuture is not None:
-            unfuture.cancel()
+            unfuture.complete(CANCELLED, None, PENDING)
             self.count_taken(unfuture)
             unfuture = self.take()
 
     def fail_all(self, error):
         """Fails the jobs that have not begun."""
+        check_outcome(FAILED, error)
         cdef Unfuture unfuture = self.take()
         while unfuture is not None:
             unfuture.complete(FAILED, error, ANY)
@@ -3138,16 +4007,21 @@ cdef class JobQueue(_Line):
 
     def after_fork(self):
         """In the child: the workers, and the jobs that waited for them, stayed with the parent."""
-        cdef _Worker worker
+        cdef _Worker worker, before
+        if self._generation == _generation:
+            return  # it is no child
+        self._generation = _generation
         renew_lock(self)  # another thread may have had it
         while self.take() is not None:
             pass
         worker = self._waiting
         while worker is not None:
             worker.waits = 0
-            worker = worker.before
+            worker.after = NULL
+            before, worker.before = worker.before, None
+            worker = before
         self._parked = self._waiting = None
-        self._workers = self._idle = self._blocked = self._running = 0
+        self._workers = self._starting = self._idle = self._blocked = self._running = 0
         self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
         self._rousing = False
         self._door = _Line.__new__(_Line)
@@ -3162,12 +4036,20 @@ cdef class _Worker:
     # tasks. Why no spare worker could be started for the last one, if so.
     cdef int waits
     cdef object failure
+    # How often it has given up all its waits, at the end of a job: those are nobody's any more.
+    cdef unsigned int era
     # These belong to the queue's section: what it works on, and what it waits for.
     cdef Unfuture job
     cdef Unfuture awaited
     # As do its neighbours in the list of those that wait. The later one holds this one.
     cdef _Worker before
     cdef PyObject *after
+    # And these: which call of a job that makes several it is at; that the call it is at was
+    # cancelled from a loop, until a wait has been ended by that; and what to interrupt then, while
+    # it waits outside of a loop of its own.
+    cdef Unfuture call
+    cdef object request
+    cdef object blocked
 
     cdef int begin_wait(self, Unfuture unfuture) except -1:
         """Called before it waits for `unfuture`, or None for something unknown."""
@@ -3192,14 +4074,16 @@ cdef class _Worker:
         queue.open_door()
         return 0
 
-    cdef int end_wait(self) except -1:
-        if self.waits:
+    cdef int end_wait(self, unsigned int era) except -1:
+        """:param era: of when it began. Its loop may have been left since, and run elsewhere."""
+        if self.waits and era == self.era and this_worker is <PyObject *>self:
             self.waits -= 1
             if self.waits == 0:
                 self.go_on()
         return 0
 
     cdef int end_all_waits(self) except -1:
+        self.era += 1
         self.waits = 0
         self.go_on()
         return 0
@@ -3224,51 +4108,151 @@ cdef class _Worker:
         queue.open_door()
         return 0
 
+    # A cancel of the call that it is at, which comes from a loop. The function cannot be stopped,
+    # but a wait of it can be ended: that in progress, or else the next one.
+
+    cdef int begin_call(self, Unfuture unfuture) except -1:
+        """Of those of its job."""
+        cdef JobQueue queue = self.queue
+        request = None
+        lock(queue)
+        self.call, unfuture = unfuture, self.call
+        self.request, request = request, self.request
+        unlock(queue)
+        return 0
+
+    cdef int cancel_call(self, Unfuture unfuture, request) except -1:
+        """In any thread: `unfuture` was cancelled; if this is still at it, a wait is to hear."""
+        cdef JobQueue queue = self.queue
+        blocked = None
+        lock(queue)
+        if unfuture is self.job or unfuture is self.call:
+            self.request, request = request, self.request
+            blocked = self.blocked
+        unlock(queue)
+        if type(blocked) is _Blocked:
+            (<_Blocked>blocked).interrupt()
+        elif blocked is not None:
+            blocked.interrupt()
+        return 0
+
+    cdef begin_blocking(self, blocked):
+        """The thread is going to wait until that is released.
+
+        Returns why it must not, as `end_blocking` does. A loop of the thread's own is left alone,
+        and so is what the core itself asks within a wait.
+        """
+        cdef JobQueue queue = self.queue
+        request = None
+        if running_loop() is not None:
+            return None
+        lock(queue)
+        if self.blocked is None:
+            self.request, request = request, self.request
+            if request is None:
+                self.blocked = blocked
+        unlock(queue)
+        return request
+
+    cdef end_blocking(self, blocked, bint takes):
+        """What the wait was ended by, if it was, and asks for that: it is told once."""
+        cdef JobQueue queue = self.queue
+        request = None
+        lock(queue)
+        if self.blocked is blocked:
+            self.blocked = None  # the caller holds it
+            if takes:
+                self.request, request = request, self.request
+        unlock(queue)
+        return request
+
     cdef bint wait(self, Unfuture unfuture, _Blocked blocked, timeout) except -1:
-        """Waits in `blocked`, with a spare worker in its place; False after `timeout` seconds.
+        """Waits in `blocked`, with a spare worker in its place; False if there is no outcome.
+
+        That is after `timeout` seconds, or for `blocked.request`.
 
         :raises RuntimeError: if there is none, and the pool would wait for ever.
         """
+        cdef bint is_done = True
+        request = self.begin_blocking(blocked)
+        if request is not None:
+            blocked.request = request
+            return False
+        try:
+            try:
+                self.begin_wait(unfuture)
+                self.wait_in(unfuture, blocked, timeout)
+            finally:
+                self.end_wait(self.era)
+            is_done = load(&unfuture._status) >= CANCELLED
+        finally:
+            request = self.end_blocking(blocked, not is_done)
+        blocked.request = request
+        return is_done
+
+    cdef int wait_in(self, Unfuture unfuture, _Blocked blocked, timeout) except -1:
         cdef JobQueue queue = self.queue
         cdef bint at_work = True
         cdef double until = 0
         if timeout is not None:
             until = <double>monotonic() + min(max(<double>timeout, 0.0), LONGEST_WAIT)
-        self.begin_wait(unfuture)
-        try:
-            while True:
-                lock(queue)
-                at_work = queue._workers > queue._blocked + queue._idle
-                unlock(queue)
-                if at_work or self.waits > 1:
-                    break
-                # Nobody else would see to the line. What is waited for may come to hang upon it
-                # later on, as when a coroutine calls a function.
-                if queue.is_stuck() and not unfuture.is_done():
-                    raise exhausted_error(queue._workers, unfuture, self.failure)
-                left = LOOK_AGAIN_SECONDS
-                if timeout is not None:
-                    left = min(left, until - <double>monotonic())
-                if blocked.wait(left):
-                    return True
-                if timeout is not None and <double>monotonic() >= until:
-                    return False
-                self.failure = queue.relieve()
-            return blocked.wait(None if timeout is None else until - <double>monotonic())
-        finally:
-            self.end_wait()
+        while True:
+            lock(queue)
+            # A start that is pending may fail.
+            at_work = queue._workers > queue._blocked + queue._idle + queue._starting
+            unlock(queue)
+            if at_work or self.waits > 1:
+                break
+            # Nobody else would see to the line. What is waited for may come to hang upon it later
+            # on, as when a coroutine calls a function. With a timeout it is no deadlock.
+            if timeout is None and queue.is_stuck() and not unfuture.is_done():
+                raise exhausted_error(queue._workers, unfuture, self.failure)
+            left = LOOK_AGAIN_SECONDS
+            if timeout is not None:
+                left = min(left, until - <double>monotonic())
+            if blocked.wait(left):
+                return 0
+            if timeout is not None and <double>monotonic() >= until:
+                return 0
+            self.failure = queue.relieve()
+        blocked.wait(None if timeout is None else until - <double>monotonic())
+        return 0
+
+
+def in_worker():
+    """Whether this is a thread of a pool."""
+    return this_worker is not NULL
 
 
 class pool_wait:
-    """Around a wait that is none for an Unfuture; nothing in a thread that is not a pool's."""
+    """Around a wait that is none for an Unfuture; nothing in a thread that is not a pool's.
+
+    :param blocked: its `interrupt()` ends the wait.
+    :raises InvalidStateError: in the ambient loop's thread, which must not wait.
+    :raises CancelledError: at the begin or the end, if the call that runs in this thread was
+        cancelled from a loop.
+    """
+
+    def __init__(self, blocked):
+        self._blocked = blocked
 
     def __enter__(self):
+        if is_in_home_thread():
+            raise would_block_error()
+        check_threads()
+        wake_home_again()
         if this_worker is not NULL:
+            request = (<_Worker>this_worker).begin_blocking(self._blocked)
+            if request is not None:
+                raise cancelled_error(request.message, False)
             (<_Worker>this_worker).begin_wait(None)
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if this_worker is not NULL:
-            (<_Worker>this_worker).end_wait()
+            (<_Worker>this_worker).end_wait((<_Worker>this_worker).era)
+            request = (<_Worker>this_worker).end_blocking(self._blocked, kind is None)
+            if request is not None:
+                raise cancelled_error(request.message, False)
 
 
 @cython.final
@@ -3288,8 +4272,15 @@ cdef class Route:
     cdef JobQueue _queue
 
     def __init__(self, submit, owner=None):
+        cdef bint fresh
+        lock(self)
+        fresh = self._submit is None
+        if fresh:
+            self._owner = owner
+        unlock(self)
+        if not fresh:
+            raise set_up_error(self)
         self.submit = submit
-        self._owner = owner
 
     @property
     def submit(self):
@@ -3308,8 +4299,11 @@ cdef class Route:
         self._queue, queue = queue, self._queue
         unlock(self)
 
-    cpdef send(self, function, tuple args, dict kwargs):
+    def send(self, function, tuple args not None, dict kwargs):
         """What `submit` gives, or its successor if the executor was replaced meanwhile."""
+        return self.send_now(function, args, kwargs)
+
+    cdef send_now(self, function, tuple args, dict kwargs):
         cdef JobQueue queue, queue_now
         while True:
             submit = submit_now = None
@@ -3356,13 +4350,20 @@ cdef class Launcher:
         self._vectorcall = launch_vector
 
     def __init__(self, function, Route route, int binding=0):
-        self._function = function
-        self._route = route
-        self._binding = binding
+        cdef bint fresh
+        lock(self)
+        fresh = self._function is None
+        if fresh:
+            self._binding = binding
+            self._route = route
+            self._function = function
+        unlock(self)
+        if not fresh:
+            raise set_up_error(self)
 
     def __call__(self, *args, **kwargs):
         if self._route is not None:
-            return self._route.send(self._function, args, kwargs)
+            return self._route.send_now(self._function, args, kwargs)
         mailbox = home()
         coro = self._function(*args, **kwargs) if kwargs else self._function(*args)
         return launch_coroutine(mailbox, coro)
@@ -3409,7 +4410,7 @@ cdef PyObject *launch_vector(
             kwargs = {}
             for i, name in enumerate(<tuple>names):
                 kwargs[name] = <object>args[count + i]
-        unfuture = launcher._route.send(launcher._function, positional, kwargs)
+        unfuture = launcher._route.send_now(launcher._function, positional, kwargs)
     Py_INCREF(unfuture)
     return <PyObject *>unfuture
 
@@ -3428,3 +4429,22 @@ cdef int offer_vectorcall() except -1:
 
 
 offer_vectorcall()
+
+
+cdef refuse_making(PyTypeObject *cls, args, PyObject *kwargs):
+    raise TypeError(f"cannot create {(<object>cls).__name__!r} instances")
+
+
+cdef int forbid_making(cls) except -1:
+    """Python code may not make one: it would lack what only the core gives it."""
+    (<PyTypeObject *>cls).tp_new = refuse_making
+    (<PyTypeObject *>cls).tp_vectorcall = NULL
+    PyType_Modified(<PyTypeObject *>cls)
+    return 0
+
+
+for _class in (
+    _Item, _Line, _Blocked, _Callback, _Failed, _Follower, _Keywords, _Park, _TaskDone, _Worker
+):
+    forbid_making(_class)
+del _class

@@ -2,10 +2,13 @@
 
 `_core.pyx` is its compiled twin: the same names, the same behaviour. Who may touch what:
 
-- An Unfuture's `_status`, `_outcome`, `_traceback`, `_source`, `_chain` and `_side` belong to its
-  `_lock`, a reentrant one: a signal handler or a `__del__` may come back to the same Unfuture.
-- No foreign code runs under that lock: waiters are fired, and references are dropped, after it.
-- A waiter belongs to whoever took it from the Unfuture's chain, and is fired once.
+- Nothing here is guarded by a lock for which a call might have to wait. A signal handler or a
+  `__del__` may come at any point, make a call and wait for it: whatever the thread that it has
+  interrupted was at, the others can go on. What several threads may want to change is changed in
+  one step that the interpreter makes as a whole: `dict.setdefault` and `pop`, `deque.append` and
+  `popleft`. Whoever depends on what others do shows first what it does, and then looks.
+- An Unfuture's end belongs to whoever entered it in its `_turns` first; see there.
+- A waiter belongs to whoever took it out of the Unfuture's `_waiting`, and is fired once.
 - A mailbox's `live` and `starting` are written by its loop's thread only.
 """
 
@@ -18,7 +21,16 @@ import sys
 import threading
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    MutableSequence,
+    Sequence,
+)
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
@@ -45,42 +57,61 @@ from unsync._common import (
     FAILED,
     FINISHED,
     LOOK_AGAIN_SECONDS,
+    OWN_RUN,
     PENDING,
     PLAIN_TYPES,
     RUNNING,
+    START_ATTEMPTS,
     STATE_NAMES,
+    WAKE_AGAIN_SECONDS,
+    CancelRequest,
+    Latch,
     MailboxCounts,
     Mirror,
     QueueCounts,
-    TimedOutError,
     Waiters,
     WorkCounts,
     already_done_error,
     awaited_exception,
     cancelled_error,
     check_callable,
+    check_context,
     check_exception,
+    check_outcome,
+    check_threads,
+    check_timeout,
+    circle_error,
     close_unstarted,
     describe,
     exhausted_error,
     full_error,
+    interrupted_start_error,
     is_asyncio_future,
     is_awaitable,
     is_coroutine,
     log_failed_callback,
+    log_failed_waking,
     logger,
+    may_be_reentered,
     mirror_of,
     name_of,
+    no_loop_error,
+    not_iterable_error,
     orphan_error,
     outcome_of_asyncio,
     rebuild,
+    refused_running_error,
     report_failed_callback,
     report_slow,
     report_unseen_failure,
     running_loop,
+    set_up_error,
+    take,
+    take_out,
     thrown,
     wait_for_awaitable,
     waits_for_ever,
+    would_block_error,
     would_deadlock_error,
 )
 from unsync._views import asyncio_view, concurrent_view
@@ -116,18 +147,35 @@ DRAIN_ITEMS = 128
 DRAIN_LONGEST = 0.01
 # How many items pass between two looks at the clock.
 DRAIN_STRIDE = 16
-# How many awaited calls may start one within the other: each takes some of the C stack.
+# How many awaited calls may start one within the other, and how many firings may call callbacks so:
+# each takes some of the C stack.
 NESTING = 32
 # How many may start there and then in one turn of the loop, which others are waiting for.
 STARTS_IN_A_TURN = 256
 
 # Counts the forks above this process: an Unfuture of an older one has nobody to finish it.
 _generation = 0
+_process = os.getpid()
 # Guards the moment when a child first looks at one of its parent's Unfutures.
 _fork_lock = threading.RLock()
 
-# The worker that the calling thread is, if it is one.
-_this = threading.local()
+
+class _ThisThread(threading.local):
+    """What belongs to the calling thread."""
+
+    # The worker that it is, if it is one.
+    worker: _Worker | None = None
+    # How many firings call callbacks, each within the one before it; and where the callbacks of a
+    # further one are left, if they have to wait for one of these.
+    firings = 0
+    later: MutableSequence[tuple[_Callback, Unfuture[Any]]] | None = None
+
+    def __init__(self) -> None:
+        # The queues for which it starts workers, each within the one before it.
+        self.starts: list[JobQueue] = []
+
+
+_this = _ThisThread()
 
 _home: Mailbox | None = None
 _start_home: Callable[[], Mailbox] | None = None
@@ -156,9 +204,24 @@ def in_home_thread() -> bool:
     return mailbox is not None and mailbox.thread_id == get_ident()
 
 
+def wake_home_again() -> None:
+    """For a thread that is about to wait."""
+    mailbox = _home
+    if mailbox is None:
+        return
+    if mailbox._ringer is not None:
+        mailbox._ring_for_the_interrupted()
+    # Asked here as well: of a wait for a `then` the call alone was 2 % of the instructions.
+    if mailbox._rung_at is not None:
+        mailbox._wake_again()
+
+
 def after_fork() -> None:
     """Run in the child: what was pending before the fork will never be finished here."""
-    global _generation, _fork_lock
+    global _generation, _fork_lock, _process
+    if _process == os.getpid():
+        return  # it is no child
+    _process = os.getpid()
     _generation += 1
     _fork_lock = threading.RLock()
     _this.worker = None  # its queue has no workers here
@@ -179,6 +242,15 @@ def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox:
     return mailbox
 
 
+def _listed(line: deque[T]) -> list[T]:
+    """What is in it. Of a dict `list` gives that in one step, but of a deque only with the GIL."""
+    while True:
+        try:
+            return list(line)
+        except RuntimeError:  # it changed meanwhile
+            continue
+
+
 @final
 class Mailbox:
     """What other threads leave for one event loop, picked up in batches: one wakeup per burst.
@@ -186,17 +258,25 @@ class Mailbox:
     Any thread may leave something. The first item wakes the loop, later ones only join it,
     until the loop finds the box empty. A closed loop's items are abandoned, each in its own way.
 
+    A platform or an interrupt may lose a wakeup, and an armed box would stay as it is for ever. So
+    whoever leaves the 2nd, 4th, 8th item and so on, or begins to wait, looks whether the loop was
+    woken a while ago and has not come, and wakes it again.
+
+    What a drain runs may run the loop in turn: Qt's modal dialogs do, and programs that use
+    nest_asyncio. Such a loop is asked to come again before a drain begins, so that the inner one
+    sees what is left and what arrives.
+
     The loop is held weakly: it owns the mailbox.
     """
 
     __slots__ = (
         "__weakref__",
         "_abandoned",
+        "_again",
         "_armed",
         "_arrived",
         "_begun",
         "_bell",
-        "_bell_lock",
         "_busy_since",
         "_cancelled",
         "_debug",
@@ -206,6 +286,9 @@ class Mailbox:
         "_items",
         "_lag",
         "_loop",
+        "_reentered",
+        "_ringer",
+        "_rung_at",
         "_starts",
         "_taken",
         "_woken_at",
@@ -216,6 +299,7 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
+        self._reentered = may_be_reentered(type(loop))
         # The order of these two operations is the protocol: a poster appends, then reads
         # `_armed`; the loop clears `_armed`, then looks at the items once more.
         self._items: deque[Any] = deque()
@@ -228,8 +312,12 @@ class Mailbox:
         self.starting: list[Unfuture[Any]] = []
         # How many awaited calls were started there and then, in this turn of the loop.
         self._starts = 0
-        # When the loop was woken; None once it has come.
+        # When the loop was first woken and when for the last time, since it came here; None once it
+        # has. Any thread may write them: the worst that can come of it is a wakeup more.
         self._woken_at: float | None = None
+        self._rung_at: float | None = None
+        # The thread that has armed the box, until it has woken the loop.
+        self._ringer: int | None = None
         # What follows is counted and set by the loop's thread: how often it came, how many items it
         # took, how many of those were calls, and how many began and ended; how long it took to come
         # the last time, and since when it has been at work here.
@@ -239,12 +327,12 @@ class Mailbox:
         self._busy_since: float | None = None
         # By whoever closes it.
         self._abandoned = 0
-        # Whether the loop is in debug mode, while the box is drained.
+        # Whether the loop is in debug mode, while the box is drained; and what makes the loop come
+        # again meanwhile, if it may be entered again.
         self._debug = False
-        # The eventfd that wakes the loop, if there is one; guarded by the lock, a reentrant one,
-        # since a signal handler may make a call.
-        self._bell: int | None = None
-        self._bell_lock = threading.RLock()
+        self._again: asyncio.Handle | None = None
+        # What wakes the loop, if there is one. Set in the loop's thread.
+        self._bell: _Bell | None = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -254,26 +342,54 @@ class Mailbox:
         """Leaves `item` for the loop; `item._arrive(mailbox)` is called in its thread."""
         self._items.append(item)
         if not self._armed:
+            self._ringer = get_ident()
             self._armed = True
+            self._wake()
+            self._ringer = None
+            return
+        if self._ringer is not None:
+            self._ring_for_the_interrupted()
+        left = len(self._items)
+        if not left & (left - 1):
+            self._wake_again()
+
+    def _ring_for_the_interrupted(self) -> None:
+        """For a handler that has interrupted this thread before that had woken the loop."""
+        if self._ringer == get_ident():
+            self._wake()
+
+    def _wake_again(self) -> None:
+        """Called in any thread now and then: wakes a loop that should have come long since."""
+        rung_at = self._rung_at
+        if rung_at is not None and monotonic() - rung_at >= WAKE_AGAIN_SECONDS:
             self._wake()
 
     def _wake(self) -> None:
         loop = self._loop()
-        self._woken_at = monotonic()
+        self._rung_at = monotonic()
+        if self._woken_at is None:
+            self._woken_at = self._rung_at
         try:
-            if loop is None:
-                self.close()
-            elif running_loop() is loop:
-                loop.call_soon(self._drain)
-            elif not self._ring():
-                loop.call_soon_threadsafe(self._drain)
+            self._wake_loop(loop)
         except BaseException as exc:
             if type(exc) is RuntimeError and loop is not None and loop.is_closed():
                 self.close()
                 return
-            # Nobody is coming: whoever posts next must try again. A Ctrl-C may be what failed.
-            self._armed = False
+            # A Ctrl-C, say, and nobody else is coming. Drained once more than needed does no harm.
+            try:
+                self._wake_loop(loop)
+            except BaseException:
+                self._armed = False  # whoever posts next must try again
+                raise
             raise
+
+    def _wake_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        if loop is None:
+            self.close()
+        elif running_loop() is loop:
+            loop.call_soon(self._drain)
+        elif not self._ring():
+            loop.call_soon_threadsafe(self._drain)
 
     # The bell: an eventfd costs one short system call to ring and one to still. The loop's own way
     # to be woken, call_soon_threadsafe(), takes three on a socket pair, and more Python.
@@ -282,62 +398,85 @@ class Mailbox:
         """Has the loop woken by a bell of the mailbox's own, where there is such a thing.
 
         Called before the loop runs, or in its thread.
+
+        :raises RuntimeError: if it runs in another thread.
         """
+        loop = self._own_loop()
         if not hasattr(os, "eventfd"):
             return
-        loop = self._loop()
-        assert loop is not None
         try:
-            bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            bell = _Bell(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         except OSError:
             return
         try:
-            loop.add_reader(bell, self._on_bell)
+            loop.add_reader(bell.fd, self._on_bell)
         except Exception:  # the loop has no readers, and will be woken in its own way
-            os.close(bell)
             return
-        with self._bell_lock:
-            self._bell = bell
+        former, self._bell = self._bell, bell
+        if former is not None:
+            loop.remove_reader(former.fd)
+
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, for those who may call this: its thread, and anybody while it does not run."""
+        loop = self._loop()
+        if loop is None or (running_loop() is not loop and loop.is_running()):
+            raise RuntimeError(f"this is for the thread of {loop!r} only")
+        return loop
 
     def close_bell(self) -> None:
-        """Called in the loop's thread before the loop is closed."""
-        with self._bell_lock:
-            bell, self._bell = self._bell, None
+        """Called in the loop's thread before the loop is closed.
+
+        :raises RuntimeError: if it runs in another thread.
+        """
+        loop = self._own_loop()
+        bell, self._bell = self._bell, None
         if bell is not None:
-            loop = self._loop()
-            assert loop is not None
-            loop.remove_reader(bell)
-            os.close(bell)
+            loop.remove_reader(bell.fd)
 
     def _ring(self) -> bool:
         """Rings the bell; False if there is none."""
-        with self._bell_lock:
-            if self._bell is None:
-                return False
-            os.eventfd_write(self._bell, 1)
-            return True
+        bell = self._bell
+        if bell is None:
+            return False
+        os.eventfd_write(bell.fd, 1)
+        return True
 
     def _on_bell(self) -> None:
         bell = self._bell
         if bell is not None:
             with suppress(BlockingIOError):
-                os.eventfd_read(bell)
-        self._drain()
+                os.eventfd_read(bell.fd)
+        self._drain(True)
 
-    def _drain(self) -> None:
+    def _drain(self, in_reader: bool = False) -> None:
+        """Takes what is here, as much as fits in a turn of the loop, in whose thread this is.
+
+        :param in_reader: whether the loop calls this for the bell.
+        """
         loop = self._loop()
-        self._debug = loop is not None and loop.get_debug()
-        del loop
+        if running_loop() is not loop or loop is None:
+            raise RuntimeError(f"this is for the thread of {loop!r} only")
         self._starts = 0
         items = self._items
         begun = monotonic()
-        self._drains += 1
+        self._busy_since = begun
         if self._woken_at is not None:
             self._lag = begun - self._woken_at
-            self._woken_at = None
-        self._busy_since = begun
+            self._woken_at = self._rung_at = None
         count = 0
+        outer, self._again = self._again, None
         try:
+            # In here, since these may be the user's: what they raise is the loop's to hear.
+            self._debug = loop.get_debug()
+            if self._is_reentered(loop):
+                if in_reader:
+                    # An inner run could not call the reader: the context that it has would be in
+                    # use. What is called soon has one of its own.
+                    loop.call_soon(self._drain)
+                    return
+                self._again = loop.call_soon(self._drain)
+            del loop
+            self._drains += 1
             while True:
                 for _ in range(DRAIN_STRIDE):
                     if not items:
@@ -361,7 +500,30 @@ class Mailbox:
             raise
         finally:
             self._busy_since = None
+            if self._again is not None:
+                self._again.cancel()
+            self._again = outer
         self._wake()
+
+    def _is_reentered(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether what the loop runs may run it in turn."""
+        if self._reentered is None:
+            return getattr(loop.run_until_complete, "__func__", None) is not OWN_RUN
+        return self._reentered
+
+    def _note_waiter(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In the loop's thread, by who comes to wait there.
+
+        That may be in a drain which has run what patched the loop.
+        """
+        if (
+            self._busy_since is not None
+            and self._again is None
+            and self._reentered is None
+            and type(loop).run_until_complete is not OWN_RUN
+        ):
+            self._again = loop.call_soon(self._drain)
+            self.close_bell()  # an inner run could not call the reader, which may be at work
 
     def _count_ended(self, unfuture: Unfuture[Any]) -> None:
         """In the loop's thread: this is how it ended; if it is not done, it waits for another."""
@@ -375,12 +537,7 @@ class Mailbox:
 
     def counts(self) -> MailboxCounts:
         """For `unsync.stats()`: see `MailboxCounts`."""
-        while True:
-            try:
-                left = list(self._items)
-                break
-            except RuntimeError:  # it changed meanwhile
-                continue
+        left = _listed(self._items)
         calls = sum(isinstance(item, (Unfuture, _Continuation)) for item in left)
         finished, failed = self._finished, self._failed
         cancelled = self._cancelled + self._abandoned
@@ -473,6 +630,23 @@ class Mailbox:
         self._count_ended(unfuture)
 
 
+@final
+class _Bell:
+    """An eventfd. It is closed when nobody has it any more: so nobody rings what was closed.
+
+    Who rings it while it is taken away wakes nobody. But whoever takes it away has the loop look at
+    the box after that, or closes the box.
+    """
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.fd)
+
+
 def _make_task(
     loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], context: Context
 ) -> asyncio.Task[T]:
@@ -519,17 +693,13 @@ def _begin_at_once(
 
     A loop that takes no attributes makes the step in its turn.
     """
-    name = name_of(coro)
-    caught: list[tuple[Callable[[], object], Context]] = []
+    caught: list[Callable[[], object]] = []
     attributes: dict[str, object] = getattr(loop, "__dict__", {"call_soon": None})
     catches = "call_soon" not in attributes
     if catches:
         attributes["call_soon"] = partial(_catch_first_step, loop, task, caught)
     try:
-        if sys.version_info >= (3, 11):
-            task.__init__(coro, loop=loop, name=name, context=context)  # type: ignore[misc]
-        else:
-            context.run(partial(task.__init__, coro, loop=loop, name=name))  # type: ignore[misc]
+        task.__init__(coro, loop=loop, name=name_of(coro), context=context)  # type: ignore[misc]
     finally:
         if catches:
             del attributes["call_soon"]
@@ -539,9 +709,8 @@ def _begin_at_once(
     outer = asyncio.current_task(loop)
     if outer is not None:
         _leave_task(loop, outer)
-    step, context = caught.pop()  # on 3.10 a copy of the context, made by the task
     try:
-        context.run(step)
+        context.run(caught.pop())
     finally:
         if outer is not None:
             _enter_task(loop, outer)
@@ -550,79 +719,152 @@ def _begin_at_once(
 def _catch_first_step(
     loop: asyncio.AbstractEventLoop,
     task: asyncio.Task[Any],
-    caught: list[tuple[Callable[[], object], Context]],
+    caught: list[Callable[[], object]],
     callback: Callable[..., object],
     *args: Any,
     context: Context | None = None,
 ) -> asyncio.Handle | None:
     """The loop's `call_soon` while `task` is made."""
-    is_step = getattr(callback, "__self__", None) is task
-    if is_step and not caught and context is not None:
-        caught.append((callback, context))
+    if not caught and getattr(callback, "__self__", None) is task:
+        caught.append(callback)
         return None
     return type(loop).call_soon(loop, callback, *args, context=context)
 
 
+if TYPE_CHECKING:
+
+    class _Future(  # type: ignore[override, misc]
+        asyncio.Future[T],
+        concurrent.futures.Future[T],  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    ):
+        """What type checkers take an Unfuture for, so that they let it be waited for.
+
+        `asyncio.wait` and `concurrent.futures.wait` say that they take futures of their own class,
+        though whatever has the methods will do.
+        """
+
+else:
+    _Future = Generic
+
+
 class _Waiter:
-    """One who waits for an Unfuture: a link of its chain."""
+    """One who waits for an Unfuture."""
 
-    __slots__ = ("_next",)
+    __slots__ = ()
 
-    _next: _Waiter | None
+    def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
+        """By the thread that finished `unfuture` (or found it done).
 
-    def _fire(self, unfuture: Unfuture[Any]) -> tuple[Unfuture[Any], _Waiter | None] | None:
-        """Called once, by the thread that finished `unfuture` (or found it done).
+        Called once; but if a Ctrl-C strikes in it, once more, if it is no callback. Then it is not
+        known what was done, and to do that again must do no harm.
 
-        Returns a follower that just got the same outcome, with its waiters, for the caller to
-        fire next: chains are walked with a queue, never by recursion.
+        Returns a follower that just got the same outcome, for the caller to fire its waiters next:
+        chains are walked with a queue, never by recursion.
         """
         raise NotImplementedError
 
 
 @final
 class _Blocked(_Waiter):
-    """A thread that waits in `result()` or `exception()`."""
+    """A thread that waits in `result()` or `exception()`, or for room in a queue."""
 
-    __slots__ = ("lock",)
+    __slots__ = ("lock", "request")
 
     def __init__(self) -> None:
-        self._next = None
         self.lock = threading.Lock()
         self.lock.acquire()
+        # Belongs to the thread that waits: by what the wait was interrupted.
+        self.request: CancelRequest | None = None
 
     def _fire(self, unfuture: Unfuture[Any]) -> None:
-        self.lock.release()
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        with suppress(RuntimeError):  # somebody else has ended the wait already
+            self.lock.release()
 
     def wait(self, timeout: float | None) -> bool:
         """Blocks until it is fired; False after `timeout` seconds."""
-        if timeout is None:
-            return self.lock.acquire()
-        return self.lock.acquire(True, min(max(timeout, 0), threading.TIMEOUT_MAX))
+        until = None if timeout is None else monotonic() + max(timeout, 0)
+        left = LOOK_AGAIN_SECONDS
+        while True:
+            wake_home_again()
+            if until is not None:
+                left = min(max(until - monotonic(), 0), LOOK_AGAIN_SECONDS)
+            if self.lock.acquire(True, left):
+                return True
+            if until is not None and monotonic() >= until:
+                return False
+
+
+def _call_soon(
+    loop: asyncio.AbstractEventLoop,
+    function: Callable[[Any], object],
+    argument: object,
+    context: Context | None,
+) -> None:
+    """The loop's, in its own thread, where nobody else would see to it that this is called."""
+    try:
+        loop.call_soon(function, argument, context=context)
+    except MemoryError:
+        # Then nothing was queued. What was given up on the way here is free now.
+        loop.call_soon(function, argument, context=context)
 
 
 @final
 class _Callback(_Waiter):
     """A done-callback; bound to the loop that ran where it was added, if one did."""
 
-    __slots__ = ("context", "function", "loop", "mailbox", "unfuture")
+    __slots__ = ("context", "era", "function", "loop", "mailbox", "own", "unfuture", "worker")
 
     def __init__(
         self,
         function: Callable[[Unfuture[Any]], object],
         context: Context | None,
         loop: asyncio.AbstractEventLoop | None,
+        own: bool = False,
     ) -> None:
-        self._next = None
         self.function = function
         self.context = context
         self.loop = loop
+        # Whether it is bookkeeping of our own, which comes before whoever waits.
+        self.own = own
         self.mailbox = None if loop is None else _mailbox_of(loop)
+        if loop is not None and self.mailbox is not None:
+            self.mailbox._note_waiter(loop)
+        # Once it is done; as long as that is None, it arrives only to end the wait.
         self.unfuture: Unfuture[Any] | None = None
+        # Whose thread the loop runs in, and waits there, if it is a worker; and in which era. Added
+        # there by gather(), wait(), shield() and the like, it says that their callers wait.
+        self.worker: _Worker | None = None
+        self.era = 0
+
+    def begin_wait(self, worker: _Worker, unfuture: Unfuture[Any]) -> None:
+        self.worker = worker
+        self.era = worker.era
+        worker.begin_wait(unfuture)
+
+    def _end_wait(self) -> None:
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            worker.end_wait(self.era)
+
+    def removed(self) -> None:
+        """It waits no more, says whoever has taken it from the chain."""
+        if self.worker is None:
+            return
+        if _this_worker() is self.worker:
+            self._end_wait()
+        else:
+            assert self.mailbox is not None
+            self.mailbox._post(self)
 
     def _fire(self, unfuture: Unfuture[Any]) -> None:
+        """Where it is bound to a loop, or our own; others come last: see `_fire_all`."""
         if self.loop is None:
             self._call(unfuture)
         elif running_loop() is self.loop:
+            self._end_wait()
             self._schedule(unfuture)
         else:
             self.unfuture = unfuture
@@ -630,20 +872,17 @@ class _Callback(_Waiter):
             self.mailbox._post(self)
 
     def _call(self, unfuture: Unfuture[Any]) -> None:
-        try:
-            if self.context is None:
-                self.function(unfuture)
-            else:
-                self.context.run(self.function, unfuture)
-        except BaseException as exc:
-            log_failed_callback(self.function, unfuture, exc)
+        if self.context is None:
+            self.function(unfuture)
+        else:
+            self.context.run(self.function, unfuture)
 
     def _schedule(self, unfuture: Unfuture[Any]) -> None:
         assert self.loop is not None
         assert self.mailbox is not None
         ambient = self.mailbox.thread_id is not None
         function = self._call_in_ambient_loop if ambient else self.function
-        self.loop.call_soon(function, unfuture, context=self.context)
+        _call_soon(self.loop, function, unfuture, self.context)
 
     def _call_in_ambient_loop(self, unfuture: Unfuture[Any]) -> None:
         try:
@@ -654,8 +893,10 @@ class _Callback(_Waiter):
 
     def _arrive(self, mailbox: Mailbox) -> None:
         """Calls it there and then; a loop in debug mode wants to time each callback."""
+        self._end_wait()
         unfuture = self.unfuture
-        assert unfuture is not None
+        if unfuture is None:
+            return
         assert self.context is not None
         if mailbox._debug:
             self._schedule(unfuture)
@@ -670,7 +911,8 @@ class _Callback(_Waiter):
             del unfuture, self  # a failure's traceback may lead to this frame
 
     def _abandon(self) -> None:
-        logger.debug("%r: its loop is closed, the callback is not called", self.function)
+        if self.unfuture is not None:
+            logger.debug("%r: its loop is closed, the callback is not called", self.function)
 
 
 def when_done(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> None:
@@ -678,9 +920,22 @@ def when_done(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) 
 
     At once if it is done.
     """
-    callback = _Callback(function, None, None)
-    if not unfuture._add_waiter(callback):
-        callback._fire(unfuture)
+    _add_callback(unfuture, _Callback(function, None, None, own=True))
+
+
+def when_told(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> None:
+    """The same, but when whoever waits has been told, in turn with the callbacks of others."""
+    _add_callback(unfuture, _Callback(function, None, None))
+
+
+def _add_callback(unfuture: Unfuture[Any], callback: _Callback) -> bool:
+    """Fires it at once if the Unfuture is done; whether it was not."""
+    if unfuture._add_waiter(callback):
+        return True
+    raised = _fire_all(unfuture, _may_raise(), callback)
+    if raised is not None:
+        raise raised
+    return False
 
 
 @final
@@ -696,19 +951,28 @@ class _Park(_Waiter):
         "_begun",
         "_context",
         "_ended",
+        "_era",
         "_loop",
         "_mailbox",
+        "_request",
         "_unfuture",
         "_wakeup",
+        "_woken",
         "_worker",
     )
 
     def __init__(self, unfuture: Unfuture[Any]) -> None:
-        self._next = None
-        # Whose thread the loop runs in, and waits there, if it is a worker.
+        # Whose thread the loop runs in, and waits there, if it is a worker; and in which era.
         self._worker: _Worker | None = None
+        self._era = 0
+        # The task's last request to cancel whose answer comes later. They are answered in the order
+        # they were made, so if this one was heard, so were those before it.
+        self._request: CancelRequest | None = None
         self._unfuture = unfuture
         self._begun = self._ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wakeup: Callable[[_Park], object] | None = None
+        self._woken = False  # belongs to the loop's thread
         self._asyncio_future_blocking = False
 
     def __iter__(self) -> _Park:
@@ -761,25 +1025,34 @@ class _Park(_Waiter):
         unfuture._check_not_own(loop)
         self._loop = loop
         self._mailbox = _mailbox_of(loop)
+        self._mailbox._note_waiter(loop)
         self._asyncio_future_blocking = True
         return True
 
     # What a task asks of the future that it is parked on.
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
+    def get_loop(self) -> asyncio.AbstractEventLoop | None:
         return self._loop
 
     def add_done_callback(
         self, function: Callable[[_Park], object], *, context: Context | None = None
     ) -> None:
+        """:raises RuntimeError: if no task waits here, or it has been called already."""
+        if context is None:
+            context = copy_context()
+        else:
+            check_context(context)
+        if self._loop is None or self._wakeup is not None:
+            raise RuntimeError("only the task that is parked here may ask to be called, and once")
         self._wakeup = function
-        self._context = copy_context() if context is None else context
+        self._context = context
         if not self._unfuture._add_waiter(self):
-            self._loop.call_soon(function, self, context=self._context)
+            _call_soon(self._loop, function, self, self._context)
             return
         worker = _this_worker()
         if worker is not None:
             self._worker = worker
+            self._era = worker.era
             worker.begin_wait(self._unfuture)
 
     def remove_done_callback(self, function: Callable[[_Park], object]) -> int:
@@ -791,35 +1064,59 @@ class _Park(_Waiter):
     def _end_wait(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.end_wait()
+            worker.end_wait(self._era)
 
     def _behind(self) -> Unfuture[Any]:
         return self._unfuture
 
     def cancel(self, msg: object = None) -> bool:
-        return self._unfuture.cancel(msg)
+        request = CancelRequest(msg)
+        answer = self._unfuture._request_cancel(request)
+        if request.awaited:
+            self._request = request
+        return answer
 
     def done(self) -> bool:
         return self._unfuture._status >= CANCELLED
 
     def result(self) -> None:
-        """The task only asks whether to go on: `__next__` gives the outcome to its coroutine."""
+        """The task only asks whether to go on: `__next__` gives the outcome to its coroutine.
+
+        :raises CancelledError: if the task was cancelled, and the outcome came without anybody
+            having heard of that.
+        """
+        # As in asyncio: it was woken for this, even if its coroutine gets CancelledError instead.
+        self._unfuture._seen = True
+        request = self._request
+        if request is not None and request.was_lost():
+            raise cancelled_error(request.message, True)
 
     # How the end of the wait reaches the task.
 
     def _fire(self, unfuture: Unfuture[Any]) -> None:
+        assert self._loop is not None
         if running_loop() is self._loop:
             self._end_wait()
-            self._loop.call_soon(self._wakeup, self, context=self._context)
+            _call_soon(self._loop, _Park._wake, self, self._context)
         else:
             self._mailbox._post(self)
 
     def _arrive(self, mailbox: Mailbox) -> None:
         try:
             self._end_wait()
-            self._context.run(self._wakeup, self)
+            self._context.run(_Park._wake, self)
         finally:
             del self  # a failure's traceback may lead to this frame
+
+    def _wake(self) -> None:
+        """Once: it may have been fired twice, and a task must not be woken from another wait."""
+        assert self._wakeup is not None
+        if not self._woken:
+            self._woken = True
+            try:
+                self._wakeup(self)
+            finally:
+                del self
 
     def _abandon(self) -> None:
         logger.debug("%r: the loop of a task that awaited it is closed", self._unfuture)
@@ -832,11 +1129,10 @@ class _Follower(_Waiter):
     __slots__ = ("target",)
 
     def __init__(self, target: Unfuture[Any]) -> None:
-        self._next = None
         self.target = target
 
-    def _fire(self, unfuture: Unfuture[Any]) -> tuple[Unfuture[Any], _Waiter | None] | None:
-        unfuture._unseen = False
+    def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
+        unfuture._seen = True
         return _pass_on(unfuture, self.target)
 
 
@@ -849,7 +1145,6 @@ class _Continuation(_Waiter):
     def __init__(
         self, source: Unfuture[Any], function: Callable[[Any], Any], by_value: bool
     ) -> None:
-        self._next = None
         self.source = source
         self.function = function
         self.by_value = by_value
@@ -857,9 +1152,9 @@ class _Continuation(_Waiter):
         self.target: Unfuture[Any] = _blank(Unfuture)
         self.target._source = self
 
-    def _fire(self, unfuture: Unfuture[Any]) -> tuple[Unfuture[Any], _Waiter | None] | None:
+    def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
         if unfuture._status != FINISHED:
-            unfuture._unseen = False
+            unfuture._seen = True
             return _pass_on(unfuture, self.target)
         try:
             home()._post(self)
@@ -895,73 +1190,243 @@ class _Continuation(_Waiter):
         self.target._complete(CANCELLED, None)
 
 
-def _pass_on(
-    source: Unfuture[Any], target: Unfuture[Any]
-) -> tuple[Unfuture[Any], _Waiter | None] | None:
+@final
+class _Failed(_Waiter):
+    """Stands for what was raised when somebody was told, for `_fire_all` to come upon."""
+
+    __slots__ = ("failure",)
+
+    def __init__(self, failure: BaseException) -> None:
+        self.failure = failure
+
+    def _fire(self, unfuture: Unfuture[Any]) -> NoReturn:
+        raise self.failure
+
+
+def _pass_on(source: Unfuture[Any], target: Unfuture[Any]) -> Unfuture[Any] | None:
+    """Gives `target` the same outcome; returns it if it has waiters to fire."""
     status, outcome = source._status, source._outcome
     if status == CANCELLED_AND_NOTIFIED:
         status = CANCELLED
-    claimed, chain = target._claim(status, outcome)
-    return (target, chain) if claimed else None
+    try:
+        target._claim(_turn(status, outcome), None)
+    except BaseException:
+        target._tell_the_rest(False)
+        raise
+    # Whoever claimed it: if that is being fired somewhere else, each waiter goes to one of the two.
+    return target if target._waiting else None
 
 
-def _fire_all(unfuture: Unfuture[Any], chain: _Waiter | None) -> None:
-    """Fires a finished Unfuture's waiters in the order they came, then its followers' waiters."""
-    backlog: deque[tuple[Unfuture[Any], _Waiter | None]] | None = None
-    while True:
-        waiter = _oldest_first(chain)
-        while waiter is not None:
-            following, waiter._next = waiter._next, None
-            try:
-                follower = waiter._fire(unfuture)
-            except BaseException:
-                logger.exception("waking %r for %r failed", waiter, unfuture)
-            else:
+# In which order.
+#
+# Our own bookkeeping comes first: views, streams and batches are as far as their Unfuture when
+# somebody sees it done. Then, at once and in the order they came, whoever waits: threads, what is
+# bound to a loop, continuations, followers and those who wait for these. Last the callbacks of
+# others without a loop, in their order: they may take any time, or wait for one of the former.
+#
+# Whatever is raised on the way, all are told. A KeyboardInterrupt or SystemExit out of a callback
+# then goes on to who called `set_result` and the like; so does what a log handler raises.
+
+
+def _fire_all(
+    unfuture: Unfuture[Any], raises: bool, late: _Waiter | None = None
+) -> BaseException | None:
+    """Fires a finished Unfuture's waiters, then its followers' waiters, then callbacks.
+
+    Each is taken out of the Unfuture just before it is fired. So where this is interrupted those
+    whom it has not told are still there, and it can be called again.
+
+    Returns what is to be raised when all is done, or None.
+
+    :param raises: whether the caller will; else everything is logged.
+    :param late: the only one to fire, which came when it was done and is not among its waiters.
+    """
+    raised: BaseException | None = None
+    foreign: list[tuple[_Callback, Unfuture[Any]]] = []
+    entailed: list[tuple[_Callback, Unfuture[Any]]] = []
+    backlog: deque[Unfuture[Any]] | None = None
+    follower: Unfuture[Any] | None = None
+    try:
+        while True:
+            own: list[_Waiter] = []
+            ready: list[_Waiter] = []
+            last: list[_Callback] = []
+            for waiter in list(unfuture._waiting) if late is None else (late,):
+                if not isinstance(waiter, _Callback) or waiter.loop is not None:
+                    ready.append(waiter)
+                elif waiter.own:
+                    own.append(waiter)
+                else:
+                    last.append(waiter)
+            if last:
+                # Nobody can remove them from now on.
+                foreign += [(callback, unfuture) for callback in last]
+                for callback in last:
+                    if callback is not late and not unfuture._remove_waiter(callback):
+                        foreign.remove((callback, unfuture))
+            if own:
+                raised = _keep_books(unfuture, own, late, entailed, raises, raised)
+            for waiter in ready:
+                try:
+                    if waiter is not late and not unfuture._remove_waiter(waiter):
+                        continue
+                    follower = waiter._fire(unfuture)
+                except BaseException as exc:
+                    raised = _note_failure(waiter, unfuture, exc, raises, raised)
+                    follower = _fire_again(waiter, unfuture)
                 if follower is not None:
                     if backlog is None:
                         backlog = deque()
                     backlog.append(follower)
-            waiter = following
-        if not backlog:
-            return
-        unfuture, chain = backlog.popleft()
+                    follower = None
+            if not backlog:
+                break
+            unfuture, late = backlog[0], None
+            del backlog[0]
+    except BaseException:
+        # A Ctrl-C, or there is no memory, but what was given up on the way here is free now.
+        # Whoever was told is not there any more.
+        _fire_all(unfuture, False)
+        if follower is not None:
+            _fire_all(follower, False)
+        while backlog:
+            _fire_all(backlog.popleft(), False)
+        raise
+    finally:
+        foreign += entailed
+        if foreign:
+            raised = _call_back(foreign, raises, raised)
+    return raised
 
 
-def _links(chain: _Waiter | None) -> Iterator[_Waiter]:
-    while chain is not None:
-        yield chain
-        chain = chain._next
+def _fire_again(waiter: _Waiter, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
+    """After something was raised in firing it: nobody else would. A callback is called once."""
+    if isinstance(waiter, (_Callback, _Failed)):
+        return None
+    try:
+        return waiter._fire(unfuture)
+    except BaseException as exc:
+        _note_failure(waiter, unfuture, exc, False, None)
+        return None
 
 
-def _oldest_first(chain: _Waiter | None) -> _Waiter | None:
-    first: _Waiter | None = None
-    while chain is not None:
-        following, chain._next = chain._next, first
-        first, chain = chain, following
-    return first
+def _keep_books(
+    unfuture: Unfuture[Any],
+    own: list[_Waiter],
+    late: _Waiter | None,
+    entailed: list[tuple[_Callback, Unfuture[Any]]],
+    raises: bool,
+    raised: BaseException | None,
+) -> BaseException | None:
+    """What others want called for that which ends with it, a batch's calls say, is `entailed`."""
+    nested = _this.later is not None
+    if not nested:
+        _this.later = entailed
+    try:
+        for waiter in own:
+            if waiter is not late and not unfuture._remove_waiter(waiter):
+                continue
+            try:
+                waiter._fire(unfuture)
+            except BaseException as exc:
+                raised = _note_failure(waiter, unfuture, exc, raises, raised)
+    finally:
+        if not nested:
+            _this.later = None
+    return raised
+
+
+def _call_back(
+    foreign: list[tuple[_Callback, Unfuture[Any]]], raises: bool, raised: BaseException | None
+) -> BaseException | None:
+    """Calls those callbacks, or leaves them for the firing in this thread that said to."""
+    if _this.later is not None:
+        _this.later.extend(foreign)
+        return raised
+    _this.firings += 1
+    innermost = _this.firings >= NESTING
+    queue = deque(foreign)
+    if innermost:
+        # Those of the firings within this one come after its own.
+        _this.later = queue
+    try:
+        while queue:
+            callback, unfuture = queue.popleft()
+            try:
+                callback._call(unfuture)
+            except BaseException as exc:
+                raised = _note_failure(callback, unfuture, exc, raises, raised)
+    finally:
+        if innermost:
+            _this.later = None
+        _this.firings -= 1
+    return raised
+
+
+def _note_failure(
+    waiter: _Waiter,
+    unfuture: Unfuture[Any],
+    failure: BaseException,
+    raises: bool,
+    raised: BaseException | None,
+) -> BaseException | None:
+    """What is to be raised in the end, when `raised` was to be, and now this."""
+    if (
+        raises
+        and isinstance(failure, (KeyboardInterrupt, SystemExit))
+        and not isinstance(raised, (KeyboardInterrupt, SystemExit))
+    ):
+        return failure
+    try:
+        if isinstance(waiter, _Callback):
+            log_failed_callback(waiter.function, unfuture, failure)
+        else:
+            log_failed_waking(waiter, unfuture, failure)
+    except BaseException as exc:
+        if raises and raised is None:
+            return exc
+    return raised
+
+
+def _may_raise() -> bool:
+    """Whether what callbacks raise goes on to who called a method in this thread.
+
+    It would end the ambient loop, or look like the failure of a function that a worker runs.
+    """
+    return _this.worker is None and not in_home_thread()
 
 
 @final
 class _Call:
     """A coroutine that has no task yet, and the context to start it in."""
 
-    __slots__ = ("cancelling", "context", "coro")
+    __slots__ = ("context", "coro", "requests")
 
     def __init__(self, coro: Coroutine[Any, Any, Any], context: Context) -> None:
         self.coro = coro
         self.context = context
-        # The message, in a tuple, of a cancel() that came while the first step was made.
-        self.cancelling: tuple[object] | None = None
+        # Those that come while the first step is made.
+        self.requests: list[CancelRequest] = []
 
     def __repr__(self) -> str:
         return repr(self.coro)
 
 
+def _taken_from(requests: list[CancelRequest]) -> Iterator[CancelRequest]:
+    """Those that nobody has taken back, one after the other."""
+    while requests:
+        try:
+            request = requests.pop(0)
+        except IndexError:
+            return
+        yield request
+
+
 @final
 class _Job:
-    """A function that has not been started, its arguments, and the context to run it in."""
+    """A function that has no outcome yet, its arguments, and the context to run it in."""
 
-    __slots__ = ("args", "context", "function", "kwargs")
+    __slots__ = ("args", "context", "function", "kwargs", "worker")
 
     def __init__(
         self,
@@ -974,6 +1439,8 @@ class _Job:
         self.args = args
         self.kwargs = kwargs
         self.context = context
+        # The one that runs it, once it is running.
+        self.worker: _Worker | None = None
 
 
 def _name_behind(source: object) -> str | None:
@@ -993,19 +1460,31 @@ def _name_behind(source: object) -> str | None:
 
 def _blank(cls: type[Unfuture[Any]]) -> Unfuture[Any]:
     unfuture = object.__new__(cls)
-    unfuture._lock = threading.RLock()
+    unfuture._turns = {}
     unfuture._status = PENDING
+    unfuture._begun = unfuture._notified = unfuture._seen = False
     unfuture._generation = _generation
-    unfuture._unseen = False
     unfuture._outcome = None
     unfuture._traceback = None
     unfuture._source = None
-    unfuture._chain = None
-    unfuture._side = None
+    unfuture._waiting = {}
     return unfuture
 
 
-class Unfuture(Generic[T]):
+# What can be entered in an Unfuture's `_turns`, once each.
+#
+# As the first: that it begins, with the thread that says so; or how it ends, if it never begins. As
+# the last: how it ends after it has begun. That is `RUNNING` or the state at the end, the outcome,
+# and the traceback of a failure. Who is to be told under a condition: see `_show`.
+_FIRST, _LAST, _SIDE, _LATE_SIDE = "first", "last", "side", "late side"
+_Turn = tuple[int, Any, "TracebackType | None"]
+
+
+def _turn(status: int, outcome: Any) -> _Turn:
+    return status, outcome, outcome.__traceback__ if status == FAILED else None
+
+
+class Unfuture(_Future[T]):
     """One future for both worlds: threads wait on it with `result()`, coroutines `await` it.
 
     It does what an `asyncio.Future` and a `concurrent.futures.Future` do, at once, and every
@@ -1020,28 +1499,35 @@ class Unfuture(Generic[T]):
 
     __slots__ = (
         "__weakref__",
-        "_chain",
+        "_begun",
         "_generation",
-        "_lock",
+        "_notified",
         "_outcome",
-        "_side",
+        "_seen",
         "_source",
         "_status",
         "_traceback",
-        "_unseen",
+        "_turns",
+        "_waiting",
     )
 
     # asyncio.isfuture() looks for it. No task is ever parked on the Unfuture itself: see _Park.
-    _asyncio_future_blocking: ClassVar[bool] = False
+    _asyncio_future_blocking: ClassVar[bool] = False  # type: ignore[misc]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     if not TYPE_CHECKING:
         __class_getitem__ = classmethod(GenericAlias)
 
-    _lock: threading.RLock
+    # Who begins and who ends it: each change of state is one `setdefault` here.
+    _turns: dict[str, Any]
+    # What can be seen of that: the state at the end, or PENDING until then, and whether it has
+    # begun. Written by whoever comes upon what was entered above, always with the same.
     _status: int
+    _begun: bool
+    # Whether an executor has taken note that it was cancelled.
+    _notified: bool
     _generation: int
-    # A failure that nobody has looked at yet.
-    _unseen: bool
+    # Whether somebody has looked at its failure, if it is one.
+    _seen: bool
     # The result, the exception, or the message of a cancellation.
     _outcome: Any
     _traceback: TracebackType | None
@@ -1058,8 +1544,8 @@ class Unfuture(Generic[T]):
         | str
         | None
     )
-    _chain: _Waiter | None
-    _side: Waiters | None
+    # In the order they came; whoever pops one fires it.
+    _waiting: dict[_Waiter, bool]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Unfuture[T]:
         return cast("Unfuture[T]", _blank(cls))
@@ -1077,15 +1563,23 @@ class Unfuture(Generic[T]):
         if source is None:
             return
         if isinstance(source, Unfuture):
+            self._set_up(source)
             self._follow(source)
         elif is_coroutine(source):
             mailbox = home()
-            self._source = _Call(cast("Coroutine[Any, Any, T]", source), copy_context())
+            self._set_up(_Call(cast("Coroutine[Any, Any, T]", source), copy_context()))
             mailbox._post(self)
         else:
             mirror = mirror_of(self, source)
-            self._source = mirror
+            self._set_up(mirror)
             mirror.attach()
+
+    def _set_up(self, source: _Call | Unfuture[Any] | Mirror) -> None:
+        """Puts something behind it, unless there is something, or it has begun or ended."""
+        self._check_fork()
+        if self._phase() != PENDING or self._source is not None:
+            raise set_up_error(self)
+        self._source = source
 
     @classmethod
     def from_value(cls, value: R) -> Unfuture[R]:
@@ -1104,7 +1598,8 @@ class Unfuture(Generic[T]):
 
         :raises TimeoutError: after `timeout` seconds.
         :raises InvalidStateError: in `unsync.thread`, if it is not done.
-        :raises CancelledError: if it was cancelled.
+        :raises CancelledError: if it was cancelled; in a function that runs in a thread of ours, if
+            its own call is cancelled from a loop: then this one is cancelled, too.
         :raises BaseException: what the function raised.
         """
         if self._status < CANCELLED:
@@ -1114,7 +1609,7 @@ class Unfuture(Generic[T]):
             return cast(T, self._outcome)
         try:
             if status == FAILED:
-                self._unseen = False
+                self._seen = True
                 raise self._outcome.with_traceback(self._traceback)
             raise cancelled_error(self._outcome, running_loop() is not None)
         finally:
@@ -1134,7 +1629,7 @@ class Unfuture(Generic[T]):
         if status == FINISHED:
             return None
         if status == FAILED:
-            self._unseen = False
+            self._seen = True
             return cast(BaseException, self._outcome)
         try:
             raise cancelled_error(self._outcome, running_loop() is not None)
@@ -1153,8 +1648,9 @@ class Unfuture(Generic[T]):
         while True:
             unfuture._check_fork()
             source = unfuture._source
-            if unfuture._status != PENDING:
-                return unfuture._status == RUNNING
+            phase = unfuture._phase()
+            if phase != PENDING:
+                return phase == RUNNING
             if not isinstance(source, Unfuture):
                 return isinstance(source, Mirror) and source.running()
             unfuture = source
@@ -1164,7 +1660,16 @@ class Unfuture(Generic[T]):
         return CANCELLED <= self._status <= CANCELLED_AND_NOTIFIED
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop, else the ambient one: an Unfuture can be awaited in every loop."""
+        """The running loop: an Unfuture can be awaited in every loop.
+
+        :raises RuntimeError: where none runs, for `asyncio.gather` and its like cannot wait there.
+        """
+        loop = running_loop()
+        if loop is None:
+            raise no_loop_error(self)
+        return loop
+
+    def _loop_for_view(self) -> asyncio.AbstractEventLoop:
         loop = running_loop()
         if loop is None:
             loop = home().loop
@@ -1177,7 +1682,7 @@ class Unfuture(Generic[T]):
 
         A new one each time. Outcome and cancellation go both ways, as does what is set.
         """
-        return asyncio_view(self, when_done)
+        return asyncio_view(self, self._loop_for_view(), when_done, in_worker)
 
     @property
     def concurrent_future(self) -> concurrent.futures.Future[T]:
@@ -1185,7 +1690,7 @@ class Unfuture(Generic[T]):
 
         A new one each time. Outcome and cancellation go both ways, as does what is set.
         """
-        return concurrent_view(self, when_done)
+        return concurrent_view(self, when_done, when_told, in_worker, pool_wait)
 
     def __await__(self) -> Generator[Any, None, T]:
         """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.
@@ -1197,8 +1702,13 @@ class Unfuture(Generic[T]):
         """
         return cast("Generator[Any, None, T]", _Park(self))
 
-    def __iter__(self) -> Generator[Any, None, T]:
-        return self.__await__()
+    if TYPE_CHECKING:
+        # So that type checkers refuse it, too: what they take an Unfuture for has one.
+        __iter__: None  # type: ignore[assignment]
+    else:
+
+        def __iter__(self):
+            raise not_iterable_error(self)
 
     # Setting it.
 
@@ -1207,11 +1717,7 @@ class Unfuture(Generic[T]):
 
         :raises InvalidStateError: if it is done already.
         """
-        source = self._source
-        if not self._complete(FINISHED, result):
-            raise already_done_error(self)
-        if isinstance(source, Mirror):
-            source.push(FINISHED, result)
+        self._set(FINISHED, result)
 
     def set_value(self, result: T) -> None:
         """The same as `set_result`."""
@@ -1225,30 +1731,32 @@ class Unfuture(Generic[T]):
         """
         if self.done():
             raise already_done_error(self)
+        self._set(FAILED, check_exception(exception))
+
+    def _set(self, status: int, outcome: Any) -> None:
         source = self._source
-        instance = check_exception(exception)
-        if not self._complete(FAILED, instance):
+        claimed, raised = self._settle(status, outcome, None, raises=True)
+        if not claimed:
             raise already_done_error(self)
         if isinstance(source, Mirror):
-            source.push(FAILED, instance)
+            source.push(status, outcome)
+        if raised is not None:
+            raise raised
 
     def set_running_or_notify_cancel(self) -> bool:
         """For executors, as in concurrent.futures: marks it running.
 
         Returns False if it was cancelled: then its work must not begin.
 
-        :raises RuntimeError: if it is running or finished.
+        :raises RuntimeError: if it is running or finished, or something stands behind it: a call,
+            a continuation or another future, which says itself when it begins.
         """
-        with self._lock:
-            status = self._status
-            if status == PENDING:
-                self._status = RUNNING
-                return True
-            if status == CANCELLED:
-                self._status = CANCELLED_AND_NOTIFIED
-        if CANCELLED <= status <= CANCELLED_AND_NOTIFIED:
+        if self._source is None and self._begin():
+            return True
+        if self.cancelled():
+            self._notified = True
             return False
-        raise RuntimeError(f"this Unfuture is not pending: {self!r}")
+        raise refused_running_error(self, self._phase())
 
     def cancel(self, msg: object = None) -> bool:
         """Cancels what is behind it; `msg` goes with the CancelledError.
@@ -1257,57 +1765,103 @@ class Unfuture(Generic[T]):
         never will; the source of a `then` is cancelled with it, as what is awaited would be.
         A function that already runs in a thread or a process cannot be stopped: a plain thread
         gets False, as in concurrent.futures; where a loop runs the Unfuture is cancelled and the
-        function's outcome dropped, as in asyncio.
+        function's outcome dropped, as in asyncio. In a thread of ours the function gets
+        CancelledError where it waits, or where it does so next: in `result()` and `exception()`,
+        which cancel what they wait for, in `concurrent.futures.wait()` and `as_completed()`, and
+        for a stream. That happens once. A loop that the function runs is left alone.
 
-        Returns whether it is, or is being, cancelled.
+        Returns whether it is, or is being, cancelled. In the thread of the loop that a coroutine
+        runs in, that is what its task answers: False if it has just ended.
         """
-        answer, behind = self._cancel_this(msg)
-        while behind is not None:
-            cancelled, behind = behind._cancel_this(msg)
+        return self._request_cancel(CancelRequest(msg))
+
+    def _request_cancel(self, request: CancelRequest) -> bool:
+        """`cancel()` for one who must know, when the outcome comes, whether it was in time."""
+        known: Unfuture[Any] | None = None
+        steps, bound = 0, 1024
+        if request.asked is None:
+            request.asked = self
+        answer, behind = self._cancel_this(request)
+        while behind is not None and behind is not known:
+            steps += 1
+            if steps == bound:  # two threads may have made a circle that `_follow` did not see
+                known = behind
+                bound *= 2
+            cancelled, behind = behind._cancel_this(request)
             if answer is None:
                 answer = cancelled
+        if not request.awaited:
+            request.asked = None
+            if self._status >= CANCELLED:
+                self._overlook()
+        raised, request.raised = request.raised, None
+        if raised is not None:
+            raise raised
         return bool(answer)
 
-    def _cancel_this(self, msg: object) -> tuple[bool | None, Unfuture[Any] | None]:
+    def _overlook(self) -> None:
+        """Who cancelled it came too late, and does not want to hear that it failed."""
+        if self._status >= CANCELLED:
+            self._seen = True
+
+    def _cancel_this(self, request: CancelRequest) -> tuple[bool | None, Unfuture[Any] | None]:
         """Whether this one is cancelled (None: as the next one is), and the next to cancel."""
         self._check_fork()
-        with self._lock:
-            status = self._status
-            source = self._source
-            if isinstance(source, _Call) and status == RUNNING:
-                source.cancelling = (msg,)
-                return True, None
+        status = self._phase()
+        source = self._source
+        if isinstance(source, _Call) and status == RUNNING:
+            # The loop's thread first puts a task there, or the end, and then takes the requests.
+            # This one first leaves its own, and then looks whether that was in time.
+            source.requests.append(request)
+            is_late = self._source is not source or self._status >= CANCELLED
+            if is_late and take_out(source.requests, request):
+                return self._cancel_this(request)
+            request.awaited = True
+            return True, None
         if status >= CANCELLED:
-            self._unseen = False  # as in asyncio: who cancels does not want to hear of it
+            self._overlook()
             return status <= CANCELLED_AND_NOTIFIED, None
         if isinstance(source, Unfuture):
             return None, source
         if isinstance(source, asyncio.Future):
-            self._cancel_task(source, msg)
-            return True, None
+            return self._cancel_task(source, request), None
         if status == PENDING:
             if isinstance(source, Mirror):
-                if source.cancel(msg):
-                    return True, None
-            elif self._complete(CANCELLED, msg, expected=PENDING):
+                return source.cancel(request), None
+            if self._cancel_now(request, PENDING):
                 if isinstance(source, Batch):
                     source._lose()
                 return True, source.source if isinstance(source, _Continuation) else None
-            else:
-                return self._cancel_this(msg)  # it began or ended in between
-        if running_loop() is not None:
-            self._complete(CANCELLED, msg)
+            return self._cancel_this(request)  # it began or ended in between
+        if request.is_from_loop() and self._cancel_now(request, None):
+            worker: _Worker | None = None
+            if isinstance(source, _Job):
+                worker = source.worker
+            elif isinstance(source, Batch):
+                worker = source._maker
+            if worker is not None:
+                worker.cancel_call(self, request)
         return self.cancelled(), None
 
-    def _cancel_task(self, task: asyncio.Task[Any], msg: object) -> None:
+    def _cancel_now(self, request: CancelRequest, expected: int | None) -> bool:
+        """Whether it was this; what callbacks raise `_request_cancel` raises in the end."""
+        claimed, raised = self._settle(CANCELLED, request.message, expected, raises=True)
+        if raised is not None:
+            request.raised = raised
+        return claimed
+
+    def _cancel_task(self, task: asyncio.Task[Any], request: CancelRequest) -> bool:
         loop = task.get_loop()
+        if running_loop() is loop:
+            request(task)
+            return request.heard
+        request.awaited = True
         try:
-            if running_loop() is loop:
-                task.cancel(msg)
-            else:
-                loop.call_soon_threadsafe(task.cancel, msg)
+            loop.call_soon_threadsafe(request, task)
         except RuntimeError:
-            self._complete(CANCELLED, msg)  # the loop is closed, the task will never end
+            # The loop is closed, the task will never end.
+            self._cancel_now(request, None)
+        return True
 
     # Going on from it.
 
@@ -1318,7 +1872,13 @@ class Unfuture(Generic[T]):
 
         Added where a loop is running: called in that loop's thread, soon, as in asyncio. Added
         elsewhere: called by the thread that finishes it, at once if it is done, as in
-        concurrent.futures. What a callback raises is logged and stops no other.
+        concurrent.futures. What a callback raises is logged and stops no other. But a
+        KeyboardInterrupt or SystemExit goes on, when all have been called, to a thread that itself
+        called `set_result`, `set_exception`, `cancel` or this; in the threads of unsync, and of
+        pools that finish what stands behind it, it is logged.
+
+        More than 32 within each other are not called before `set_result` returns, but after the
+        ones that they are called in.
 
         :param context: the context to call it in; in a loop the default is a copy of the
             current one.
@@ -1326,25 +1886,28 @@ class Unfuture(Generic[T]):
         """
         check_callable("a done-callback", fn)
         loop = running_loop()
-        if loop is not None and context is None:
+        if context is not None:
+            check_context(context)
+        elif loop is not None:
             context = copy_context()
         callback = _Callback(fn, context, loop)
-        if not self._add_waiter(callback):
-            callback._fire(self)
+        if _add_callback(self, callback) and loop is not None:
+            worker = _this_worker()
+            if worker is not None:
+                callback.begin_wait(worker, self)
 
     def remove_done_callback(self, fn: Callable[[Unfuture[T]], object]) -> int:
         """Removes every callback that equals `fn`; returns how many there were."""
-        removed: list[_Waiter] = []
-        while True:
-            with self._lock:
-                waiters = list(_links(self._chain))
-            for waiter in waiters:
-                if isinstance(waiter, _Callback) and waiter.function == fn:
-                    break
-            else:
-                return len(removed)
-            if self._remove_waiter(waiter):
-                removed.append(waiter)
+        # They are compared first, since that may run anything, and then taken out in one go.
+        equal = [
+            waiter
+            for waiter in list(self._waiting)
+            if isinstance(waiter, _Callback) and waiter.function == fn
+        ]
+        removed = [callback for callback in equal if self._remove_waiter(callback)]
+        for callback in removed:
+            callback.removed()
+        return len(removed)
 
     @overload
     def then(self, continuation: Callable[[Unfuture[T]], Unfuture[R]]) -> Unfuture[R]: ...
@@ -1382,105 +1945,188 @@ class Unfuture(Generic[T]):
         continuation = _Continuation(self, function, by_value)
         target = continuation.target
         if not self._add_waiter(continuation):
-            follower = continuation._fire(self)
-            if follower is not None:
-                _fire_all(*follower)
+            _fire_all(self, False, continuation)
         return target
 
-    # The room where it changes.
+    # Where it changes.
+    #
+    # Whoever is the first to enter its turn has it: `setdefault` tells everybody who that is. What
+    # was entered is then shown in the attributes that all others read; and by whoever else comes
+    # upon it, for the first one may be interrupted before. So nobody who is told that it has begun
+    # or ended sees anything else afterwards.
 
-    def _claim(
-        self, status: int, outcome: Any, expected: int | None = None
-    ) -> tuple[bool, _Waiter | None]:
-        """Makes it done, once: (whether it was this call, the waiters to fire)."""
+    def _phase(self) -> int:
+        """The state, as far as it can be seen."""
+        status = self._status
+        if status == PENDING:
+            return RUNNING if self._begun else PENDING
+        if status == CANCELLED and (self._notified or self._is_watched()):
+            # No executor will come to say so, and concurrent.futures.wait() would wait for it.
+            return CANCELLED_AND_NOTIFIED
+        return status
+
+    def _is_watched(self) -> bool:
+        return self._turns.get(_SIDE) is not None or _LATE_SIDE in self._turns
+
+    def _begin(self) -> bool:
+        """Marks it running, unless somebody finished or cancelled it before."""
+        batch = self._source
+        if isinstance(batch, Batch):
+            worker = _this_worker()
+            if worker is not None:
+                batch._maker = worker
+                worker.begin_call(self)
+        if self._status >= CANCELLED:
+            return False
+        mine: _Turn = (RUNNING, get_ident(), None)
+        first = self._turns.setdefault(_FIRST, mine)
+        if first[0] == RUNNING:
+            self._begun = True
+            return first is mine
+        self._show(first)
+        return False
+
+    def _claim(self, mine: _Turn, expected: int | None) -> bool:
+        """Makes it done, once; whether it was this call, which is then to fire the waiters.
+
+        Whatever it raises, see `_tell_the_rest`.
+
+        :param expected: PENDING, if it must not have begun.
+        """
         self._check_fork()
-        changed = self._change(status, outcome, expected, None)
-        if changed is not None:
-            return changed
-        side = self._side
-        assert side is not None  # once there it stays
-        # concurrent.futures.wait() reads the state and enlists under this condition, so the state
-        # must not change between the two.
-        with side.condition:
-            changed = self._change(status, outcome, expected, side)
-            assert changed is not None
-            if changed[0]:
-                side.tell(self, self._status)
-        return changed
-
-    def _change(
-        self, status: int, outcome: Any, expected: int | None, side: Waiters | None
-    ) -> tuple[bool, _Waiter | None] | None:
-        """The change of state itself; None if `side` is not what belongs to the Unfuture now."""
-        if status == CANCELLED and side is not None:
-            status = CANCELLED_AND_NOTIFIED
+        if self._status >= CANCELLED:
+            return False
+        end = first = self._turns.setdefault(_FIRST, mine)
+        if first[0] == RUNNING:
+            self._begun = True
+            if expected == PENDING:
+                return False
+            end = self._turns.setdefault(_LAST, mine)
+        self._show(end)
+        if end is not mine:
+            return False
         source = self._source
-        name = None if source is None else _name_behind(source)
-        with self._lock:
-            before = self._status
-            if self._side is not side:
-                return None
-            if before >= CANCELLED or (expected is not None and before != expected):
-                return False, None
-            self._outcome = outcome
-            if status == FAILED:
-                self._traceback = outcome.__traceback__
-                self._unseen = True
-            source, self._source = self._source, name
-            chain, self._chain = self._chain, None
-            # Last: whoever reads it without the lock finds the rest in place.
-            self._status = status
-        if isinstance(source, _Call) and before == PENDING:
-            close_unstarted(source.coro)
-        return True, chain
+        self._forget_source()
+        if first is mine and isinstance(source, _Call):
+            try:
+                close_unstarted(source.coro)
+            except BaseException as exc:  # a log handler's, or a Ctrl-C
+                self._waiting[_Failed(exc)] = True
+        return True
+
+    def _end(self) -> _Turn | None:
+        """What was entered as its end, if it was."""
+        end: _Turn | None = self._turns.get(_LAST) or self._turns.get(_FIRST)
+        return None if end is None or end[0] == RUNNING else end
+
+    def _tell_the_rest(self, raises: bool) -> BaseException | None:
+        """After a Ctrl-C, or a lack of memory, while it was made done or its waiters were fired.
+
+        Nobody else would tell those who wait; those who were told are not there any more. Nothing
+        is done if it is not done: then the change that was interrupted has not been made.
+        """
+        end = self._end()
+        if end is None:
+            return None
+        self._show(end)
+        self._forget_source()
+        return _fire_all(self, raises)
+
+    def _show(self, end: _Turn) -> None:
+        """Lets everybody see how it ended; a second time does no harm.
+
+        concurrent.futures.wait() reads the state and enlists under a condition, so where there is
+        one the state must not change between the two. Whether there is one is a turn as well: once
+        it is entered here that there is none, who asks for it gets another, for one that is done.
+        """
+        side: Waiters | None = self._turns.setdefault(_SIDE, None)
+        if side is None:
+            self._set_end(end)
+            return
+        # The only lock. Others have it who wait for this one, and those who finish it at the same
+        # time: no call waits for it but one that is of this Unfuture.
+        with side.condition:
+            failure = None
+            if self._status < CANCELLED:
+                self._set_end(end)
+                failure = side.tell(self, end[0])
+        if failure is not None:
+            raise failure
+
+    def _set_end(self, end: _Turn) -> None:
+        status, self._outcome, self._traceback = end
+        # Last: whoever reads it finds the rest in place.
+        self._status = status
+
+    def _forget_source(self) -> None:
+        """What is done keeps the name of what was behind it only.
+
+        By who finishes it, after it has shown that; and by who puts something there, if it finds
+        then that it is done.
+        """
+        source = self._source
+        if source is not None:
+            self._source = _name_behind(source)
 
     def _name_function(self, function: Callable[..., Any]) -> None:
         """For `repr`: the function behind the future that this was made from."""
         name = name_of(function)
-        with self._lock:
-            source = self._source
-            if isinstance(source, Mirror):
-                source.function = name
-            elif source is None and self._status >= CANCELLED:
-                self._source = name
+        source = self._source
+        if isinstance(source, Mirror):
+            source.function = name
+        elif source is None and self._status >= CANCELLED:
+            self._source = name
 
     def _complete(self, status: int, outcome: Any, expected: int | None = None) -> bool:
         """Makes it done and tells everybody; False if it was done already."""
-        claimed, chain = self._claim(status, outcome, expected)
-        if chain is not None:
-            _fire_all(self, chain)
-        return claimed
+        check_outcome(status, outcome)
+        return self._settle(status, outcome, expected, raises=False)[0]
+
+    def _settle(
+        self, status: int, outcome: Any, expected: int | None, raises: bool
+    ) -> tuple[bool, BaseException | None]:
+        """What `_complete` does; and what callbacks raised that the caller is to raise.
+
+        :param raises: whether it will, in a thread that may.
+        """
+        mine = _turn(status, outcome)
+        raises = raises and _may_raise()
+        try:
+            if not self._claim(mine, expected):
+                return False, None
+            return True, _fire_all(self, raises) if self._waiting else None
+        except BaseException as exc:
+            raised = self._tell_the_rest(raises)
+            if not isinstance(exc, MemoryError) or self._end() is not mine:
+                raise
+            return True, raised
 
     def _is_call(self) -> bool:
         """Whether behind it is a coroutine that has not begun."""
-        return self._status == PENDING and type(self._source) is _Call
-
-    def _begin(self) -> bool:
-        """Marks it running, unless somebody finished or cancelled it before."""
-        with self._lock:
-            if self._status != PENDING:
-                return False
-            self._status = RUNNING
-            return True
+        return type(self._source) is _Call and self._phase() == PENDING
 
     def _started(self, task: asyncio.Task[Any]) -> None:
         """In the ambient loop: its coroutine has become `task`."""
-        with self._lock:
-            call = self._source
-            if self._status == RUNNING:
-                self._source = task
-        if isinstance(call, _Call) and call.cancelling is not None:
-            task.cancel(*call.cancelling)
+        call = self._source
+        if self._status == PENDING:
+            self._source = task
+        if self._status != PENDING:
+            self._forget_source()
+        if isinstance(call, _Call):
+            for request in _taken_from(call.requests):
+                request(task)
 
     def _ended_at_once(self, task: asyncio.Task[Any]) -> None:
         """In the ambient loop: its coroutine's first step was its last."""
-        with self._lock:
-            call = self._source
+        call = self._source
         status, outcome = outcome_of_asyncio(task)
-        if status == FINISHED and isinstance(call, _Call) and call.cancelling is not None:
+        if status == FINISHED and isinstance(call, _Call) and call.requests:
             # As in asyncio: a task that cancels itself and then returns is cancelled.
-            status, outcome = CANCELLED, call.cancelling[0]
+            status, outcome = CANCELLED, call.requests[-1].message
         self._complete(status, outcome)
+        if isinstance(call, _Call):
+            for request in _taken_from(call.requests):
+                request.came_too_late()
 
     def _arrive(self, mailbox: Mailbox) -> None:
         """In the ambient loop: starts the coroutine behind it."""
@@ -1513,9 +2159,12 @@ class Unfuture(Generic[T]):
                 self._follow(Unfuture(result))
             elif is_awaitable(result):
                 coro = result if is_coroutine(result) else wait_for_awaitable(result)
-                with self._lock:
-                    if self._status == RUNNING:
-                        self._source = _Call(coro, context)
+                if self._status == PENDING:
+                    self._source = _Call(coro, context)
+                if self._status != PENDING:  # cancelled while the function ran, say
+                    self._forget_source()
+                    close_unstarted(coro)
+                    return False
                 mailbox._start(self, coro, context)
                 return True
             else:
@@ -1526,19 +2175,38 @@ class Unfuture(Generic[T]):
 
     def _follow(self, source: Unfuture[Any]) -> None:
         if source is self:
-            self._complete(
-                FAILED, TypeError("a continuation cannot return the Unfuture that waits for it")
-            )
+            self._complete(FAILED, circle_error())
             return
-        with self._lock:
-            if self._status >= CANCELLED:
-                return
+        if self._status == PENDING:
             self._source = source
+        if self._status != PENDING:
+            self._forget_source()
+            if self.cancelled():
+                # While the function of a continuation ran, which has returned what to wait for.
+                source.cancel(self._outcome)
+            return
+        if self._waiting and source._hangs_upon(self):
+            self._complete(FAILED, circle_error())
+            return
         follower = _Follower(self)
         if not source._add_waiter(follower):
-            passed = follower._fire(source)
-            if passed is not None:
-                _fire_all(*passed)
+            _fire_all(source, False, follower)
+
+    def _hangs_upon(self, other: Unfuture[Any]) -> bool:
+        """Whether its outcome is that of `other`, or of a continuation of that, and so on."""
+        unfuture: Unfuture[Any] = self
+        known: Unfuture[Any] | None = None
+        steps, bound = 0, 1024
+        while unfuture is not other:
+            steps += 1
+            if steps == bound:
+                known = unfuture
+                bound *= 2
+            behind = unfuture._behind()
+            if not isinstance(behind, Unfuture) or behind is known:
+                return False
+            unfuture = behind
+        return True
 
     def _work(self) -> bool:
         """In a worker thread: runs the function behind it, unless it was cancelled.
@@ -1546,11 +2214,11 @@ class Unfuture(Generic[T]):
         Returns whether it began.
         """
         job = self._source
+        if isinstance(job, _Job):
+            job.worker = _this_worker()
         if not self._begin():
             return False
         assert isinstance(job, _Job)
-        with self._lock:
-            self._source = name_of(job.function)
         try:
             # A partial, since PyPy's Context.run() has names for its own arguments.
             result = job.context.run(partial(job.function, *job.args, **job.kwargs))
@@ -1567,46 +2235,42 @@ class Unfuture(Generic[T]):
         return True
 
     def _add_waiter(self, waiter: _Waiter) -> bool:
-        """Adds to the chain; False if it is done, and the caller must fire the waiter itself."""
+        """Has it fired in its turn; False if it is done, and the caller must fire it itself.
+
+        Who finishes it shows that, and then takes who waits. This one waits, and then looks: if it
+        is done by then, one of the two takes the waiter out.
+        """
         self._check_fork()
-        with self._lock:
-            if self._status >= CANCELLED:
-                return False
-            waiter._next = self._chain
-            self._chain = waiter
-            if self._status < CANCELLED:
-                return True
-            # A signal handler finished it between the check and the assignment: the chain was
-            # taken without this one.
-            self._chain = waiter._next = None
+        if self._status >= CANCELLED:
             return False
+        self._waiting[waiter] = True
+        return self._status < CANCELLED or not self._remove_waiter(waiter)
 
-    def _remove_waiter(self, waiter: _Waiter) -> int:
-        """Takes one out of the chain; 0 if it is not there any more."""
-        with self._lock:
-            before: _Waiter | None = None
-            for link in _links(self._chain):
-                if link is waiter:
-                    if before is None:
-                        self._chain = waiter._next
-                    else:
-                        before._next = waiter._next
-                    waiter._next = None
-                    return 1
-                before = link
-            return 0
+    def _remove_waiter(self, waiter: _Waiter) -> bool:
+        """Takes one out; False if it is not there any more."""
+        return self._waiting.pop(waiter, False)
 
-    def _wait(self, timeout: float | None) -> None:
-        """Blocks until it is done."""
+    def _wait(self, timeout: float | None, cancels: bool = True) -> None:
+        """Blocks until it is done.
+
+        :param cancels: whether it is cancelled if that is what ends the wait.
+        :raises TimeoutError: after `timeout` seconds.
+        :raises InvalidStateError: in `unsync.thread`, if it is not done.
+        :raises CancelledError: if the call that runs in this thread was cancelled from a loop.
+        """
         mailbox = _home
         if mailbox is not None and mailbox.thread_id == get_ident():
             if not self.done():
                 raise would_deadlock_error(self)
             return
+        if timeout is not None:
+            check_timeout(timeout)
+        check_threads()
         blocked = _Blocked()
         if not self._add_waiter(blocked):
             return
         released = False
+        _start_again()
         worker = _this_worker()
         try:
             if worker is None:
@@ -1619,8 +2283,13 @@ class Unfuture(Generic[T]):
         finally:
             if not released:
                 self._remove_waiter(blocked)
+        request = blocked.request
+        if request is not None:
+            if cancels:
+                self._request_cancel(CancelRequest(request.message, crosses=True))
+            raise cancelled_error(request.message, False)
         if self._status < CANCELLED:
-            raise TimedOutError(f"no outcome after {timeout} seconds: {self!r}")
+            raise TimeoutError(f"no outcome after {timeout} seconds: {self!r}")
 
     def _check_fork(self) -> None:
         """After a fork: fails it in the child if its work stayed with the parent."""
@@ -1629,22 +2298,24 @@ class Unfuture(Generic[T]):
         with _fork_lock:
             if self._generation == _generation:
                 return
-            self._lock = threading.RLock()  # a thread of the parent may have had it
-            whole = self._status >= CANCELLED or (self._status == PENDING and self._source is None)
+            is_done = self._status >= CANCELLED
+            whole = is_done or (not self._begun and self._source is None)
+            if not is_done:
+                # A thread of the parent may have entered what nobody shows here.
+                side = self._turns.get(_SIDE) if whole else None
+                self._turns = {} if side is None else {_SIDE: side}
             if not whole:
-                # Who waited is with the parent too.
-                _chain, self._chain = self._chain, None
-                _side, self._side = self._side, None
+                self._waiting = {}  # who waited is with the parent too
             # Last: another thread of the child that sees it may add itself to the chain.
             self._generation = _generation
         if whole:
             return
         self._complete(FAILED, orphan_error())
-        self._unseen = False
+        self._seen = True
 
     def _check_not_own(self, loop: asyncio.AbstractEventLoop) -> None:
         """For a coroutine that awaits the Unfuture of its own call, and would wait for ever."""
-        if self._status != RUNNING:
+        if self._phase() != RUNNING:
             return
         source = self._source
         task = asyncio.current_task(loop)
@@ -1660,7 +2331,7 @@ class Unfuture(Generic[T]):
             return cast(T, self._outcome)
         try:
             if status == FAILED:
-                self._unseen = False
+                self._seen = True
                 raise awaited_exception(self._outcome.with_traceback(self._traceback))
             raise cancelled_error(self._outcome, True)
         finally:
@@ -1675,28 +2346,45 @@ class Unfuture(Generic[T]):
 
     # What the two parents' modules look for.
 
-    @property
-    def _state(self) -> str:
-        return STATE_NAMES[self._status]
+    # Type checkers take them for the attributes that they are in the parents.
+    if not TYPE_CHECKING:
 
-    @property
-    def _condition(self) -> threading.Condition:
-        return self._waiting_side().condition
+        @property
+        def _state(self) -> str:
+            return STATE_NAMES[self._phase()]
 
-    @property
-    def _waiters(self) -> list[Any]:
-        return self._waiting_side().waiters
+        @property
+        def _condition(self) -> threading.Condition:
+            return self._waiting_side().condition
+
+        @property
+        def _waiters(self) -> list[Any]:
+            return self._waiting_side().waiters
 
     def _waiting_side(self) -> Waiters:
         self._check_fork()
-        side = Waiters(pool_wait)
-        with self._lock:
-            if self._side is None:
-                self._side = side
-            if self._status == CANCELLED:
-                # No executor will come to say so, and concurrent.futures.wait() would wait for it.
-                self._status = CANCELLED_AND_NOTIFIED
-            return self._side
+        turns = self._turns
+        side: Waiters | None = turns.get(_SIDE) or turns.setdefault(_SIDE, Waiters(pool_wait))
+        if side is None:
+            # Who finishes it may be just about to show that, and will tell nobody.
+            self._set_end(cast(_Turn, self._end()))
+            side = cast(Waiters, turns.setdefault(_LATE_SIDE, Waiters(pool_wait)))
+        return side
+
+    def _get_snapshot(self) -> tuple[bool, bool, T | None, BaseException | None]:
+        """What asyncio copies, from Python 3.15 on: done, cancelled, result, exception."""
+        status = self._status
+        if status == FINISHED:
+            return True, False, cast(T, self._outcome), None
+        if status == FAILED:
+            self._seen = True
+            return True, False, None, cast(BaseException, self._outcome)
+        return status >= CANCELLED, status >= CANCELLED, None, None
+
+    def _peek(self) -> tuple[int, Any]:
+        """Status and outcome, for who only shows them; the outcome is None before the end."""
+        status = self._status
+        return status, self._outcome if status >= CANCELLED else None
 
     @property
     def _cancel_message(self) -> object:
@@ -1709,7 +2397,7 @@ class Unfuture(Generic[T]):
 
     def __repr__(self) -> str:
         source = self._source
-        status = self._status
+        status = self._phase()
         name = None if source is None else _name_behind(source)
         if isinstance(source, Mirror) and status == PENDING and source.running():
             status = RUNNING
@@ -1730,8 +2418,9 @@ class Unfuture(Generic[T]):
         return rebuild, arguments, getattr(self, "__dict__", None)
 
     def __del__(self) -> None:
-        if getattr(self, "_unseen", False):  # none, if its making was interrupted
-            self._unseen = False
+        # Without, if its making was interrupted.
+        if getattr(self, "_status", PENDING) == FAILED and not self._seen:
+            self._seen = True
             if report_unseen_failure is None:
                 return  # the interpreter has taken its modules apart
             mailbox = _home
@@ -1762,27 +2451,75 @@ def call_each(
             return
 
 
+# What a tally counts, beside the states in which jobs end.
+SUBMITTED, REFUSED, TAKEN, NOT_BEGUN = range(FAILED + 1, FAILED + 5)
+# When so many have come, they are added up.
+TALLY_ROOM = 1024
+
+
+@final
+class _Tally:
+    """Counts of several kinds, to which any thread may add at any point, under no lock.
+
+    To count is one step: the kind is added to what came. That is added up now and then, and by
+    those who read, with a lock for which nobody waits: who does not get it leaves that to the one
+    who has it, whom a handler may have interrupted. What came is taken in the order it came, and so
+    nothing that is read has ended before it began.
+    """
+
+    __slots__ = ("_adding", "_came", "_sums")
+
+    def __init__(self) -> None:
+        self._came: deque[int] = deque()
+        self._adding = threading.Lock()
+        # Belongs to who has the lock.
+        self._sums = [0] * (NOT_BEGUN + 1)
+
+    def add(self, kind: int) -> None:
+        self._came.append(kind)
+        if len(self._came) >= TALLY_ROOM:
+            self._add_up(0)
+
+    def read(self) -> list[int]:
+        """The counts of all kinds."""
+        # Another thread is through in no time. If it is this one, the sums may be one short.
+        sums = self._add_up(0.01)
+        if sums is None:
+            sums = [*self._sums]
+            for kind in _listed(self._came):
+                sums[kind] += 1
+        return sums
+
+    def _add_up(self, patience: float) -> list[int] | None:
+        """The sums; None if somebody else is at it."""
+        is_mine = False
+        try:
+            is_mine = self._adding.acquire(timeout=patience)
+            if not is_mine:
+                return None
+            while self._came:
+                self._sums[self._came.popleft()] += 1
+            return [*self._sums]
+        finally:
+            if is_mine:
+                self._adding.release()
+
+
 @final
 class Counter:
     """How many jobs of executors that are not ours were started, and how they ended."""
 
-    __slots__ = ("_cancelled", "_failed", "_finished", "_lock", "_started")
+    __slots__ = ("_tally",)
 
     def __init__(self) -> None:
-        # Guards the others. Reentrant: a `__del__` may close a stream, and so cancel jobs.
-        self._lock = threading.RLock()
-        self._started = self._finished = self._failed = self._cancelled = 0
+        self._tally = _Tally()
 
     def start(self) -> None:
-        with self._lock:
-            self._started += 1
+        self._tally.add(SUBMITTED)
 
     def end(self, failed: bool, cancelled: bool) -> None:
         """:param failed: whether with an error; one that is cancelled has not failed."""
-        with self._lock:
-            self._cancelled += cancelled
-            self._failed += failed
-            self._finished += not (cancelled or failed)
+        self._tally.add(CANCELLED if cancelled else FAILED if failed else FINISHED)
 
     def count(self, future: concurrent.futures.Future[Any]) -> None:
         """The job's start, and its end by a callback."""
@@ -1796,9 +2533,10 @@ class Counter:
             self.end(False, True)
 
     def work(self) -> WorkCounts:
-        with self._lock:
-            ended = self._finished, self._failed, self._cancelled
-            return (self._started, *ended, self._started - sum(ended))
+        counts = self._tally.read()
+        started = counts[SUBMITTED]
+        ended = counts[FINISHED], counts[FAILED], counts[CANCELLED]
+        return (started, *ended, started - sum(ended))
 
 
 class Batch:
@@ -1811,7 +2549,7 @@ class Batch:
     :param items: what the calls are made with, in a list that nobody changes.
     """
 
-    __slots__ = ("_cancelled", "calls", "counter", "items", "job", "name", "size")
+    __slots__ = ("_cancelled", "_maker", "calls", "counter", "items", "job", "name", "size")
 
     def __init__(self, name: str, items: list[Any]) -> None:
         self.name = name
@@ -1823,6 +2561,8 @@ class Batch:
         self.job: Unfuture[Any] | concurrent.futures.Future[Any] | None = None
         # Where its end is counted, if that is not done elsewhere. Set before `end` can be called.
         self.counter: Counter | None = None
+        # The one that makes the calls, if it is a thread of ours: set before the first begins.
+        self._maker: _Worker | None = None
         # As long as there are calls that were cancelled. Under no lock: a finalizer may cancel one
         # while its thread is at another.
         self._cancelled: list[None] = []
@@ -1842,8 +2582,22 @@ class Batch:
     def end(self, job: Unfuture[Any] | concurrent.futures.Future[Any]) -> None:
         """The job is done, says the thread that finished it.
 
-        If it gives True and a result for each call, the calls have them at once.
+        If it gives True and a result for each call, the calls have them at once. What others want
+        called for a call is called when all are done.
         """
+        if _this.later is not None:
+            self._end_calls(job)
+            return
+        foreign: list[tuple[_Callback, Unfuture[Any]]] = []
+        _this.later = foreign
+        try:
+            self._end_calls(job)
+        finally:
+            _this.later = None
+            if foreign:
+                _call_back(foreign, False, None)
+
+    def _end_calls(self, job: Unfuture[Any] | concurrent.futures.Future[Any]) -> None:
         try:
             came_back = job.result()
         except BaseException as exc:
@@ -1911,12 +2665,26 @@ def _finish_calls(calls: list[Unfuture[Any]], results: list[Any]) -> None:
     left: list[tuple[Unfuture[Any], Any]] = []
     for unfuture, result in zip(calls, results, strict=True):
         # Whoever comes to wait in between is told at once.
-        if unfuture._chain is None and unfuture._side is None:
+        if not unfuture._waiting and not unfuture._is_watched():
             unfuture._complete(FINISHED, result)
         else:
             left.append((unfuture, result))
     for unfuture, result in left:
         unfuture._complete(FINISHED, result)
+
+
+# How the workers share the jobs, without a lock.
+#
+# Each change is one step of a deque or a dict, and each thread speaks for itself: a worker alone
+# says whether it is idle, waits or has ended, and takes its jobs itself. No job is forgotten,
+# because everybody first shows what changed, and then looks at what others have shown. Who submits
+# adds the job, then looks whether a worker is missing. A worker goes idle, waits or ends, then
+# looks whether there are jobs. However the two fall together, one of them sees the other.
+#
+# So it does not matter who is interrupted between two steps, nor for how long: what a handler or a
+# finalizer submits meanwhile finds its worker in the same way. Nobody holds anything that it would
+# need, but one: a start that is under way. Whoever submits or waits within the start that its own
+# thread makes starts that worker once more: see `_start_again`.
 
 
 @final
@@ -1936,24 +2704,18 @@ class JobQueue:
     """
 
     __slots__ = (
-        "_begun",
-        "_cancelled",
         "_door",
         "_ended",
-        "_failed",
-        "_finished",
+        "_idle",
+        "_inside",
         "_jobs",
         "_limit",
-        "_lock",
-        "_parked",
         "_patient",
         "_refuse",
         "_room",
-        "_running",
         "_spares",
         "_spawn",
-        "_submitted",
-        "_taken",
+        "_tally",
         "_waiting",
         "_workers",
     )
@@ -1971,24 +2733,25 @@ class JobQueue:
         self._spawn = spawn
         self._room = room
         self._patient = patient
-        # `_lock` guards what follows; reentrant for signal handlers and `__del__`.
-        self._lock = threading.RLock()
-        self._jobs: deque[Unfuture[Any]] = deque()
-        # Each idle worker's own lock; the one that went idle last is woken first.
-        self._parked: list[threading.Lock] = []
-        self._workers = 0
-        # Those that wait for an Unfuture.
-        self._waiting: list[_Worker] = []
-        # How many jobs the workers are at, and how many were taken from the queue ever.
-        self._running = 0
-        self._taken = 0
-        # How many were submitted, how many of those that ended had begun, and how they ended.
-        self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
-        # The threads that wait for room.
-        self._door: deque[threading.Lock] = deque()
         self._refuse: Callable[[], Exception] | None = None
         # Closed, and no worker is left.
-        self._ended = threading.Event()
+        self._ended = Latch()
+        self._set_up()
+
+    def _set_up(self) -> None:
+        self._jobs: deque[Unfuture[Any]] = deque()
+        # All that there are, in the order in which they were sent for; those among them whose
+        # thread has not begun have their `to_begin`.
+        self._workers: dict[_Worker, None] = {}
+        # By the lock in which it sleeps, a new one each time. Whoever releases that has woken it.
+        self._idle: dict[threading.Lock, _Worker] = {}
+        # Those that wait for an Unfuture.
+        self._waiting: dict[_Worker, None] = {}
+        # Where there is bounded room: the jobs in the queue and at work, but for those that wait.
+        self._inside: dict[Unfuture[Any], None] = {}
+        # The threads that wait for room.
+        self._door: deque[_Blocked] = deque()
+        self._tally = _Tally()
 
     def submit(
         self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -2001,29 +2764,66 @@ class JobQueue:
         """
         unfuture = _blank(Unfuture)
         unfuture._source = _Job(function, args, kwargs, copy_context())
-        while True:
-            with self._lock:
-                if self._refuse is not None:
-                    raise self._refuse()
-                if not self._is_full() or self._is_own_worker():
-                    self._jobs.append(unfuture)
-                    self._submitted += 1
-                    idle, spawn = self._reinforce()
-                    break
-            self._wait_for_room()
-        if idle is not None:
-            idle.release()
-        elif spawn:
-            self._add_worker(unfuture)
+        if self._room >= 0:
+            self._enter(unfuture)
+        if self._refuse is not None:
+            self._leave(unfuture)
+            raise self._refuse()
+        self._tally.add(SUBMITTED)
+        self._jobs.append(unfuture)
+        if self._refuse is not None and self._take_out(unfuture):
+            # Closed in between, by who may not have seen it.
+            self._tally.add(REFUSED)
+            self._note_end()
+            raise self._refuse()
+        self._call_up(unfuture)
         return unfuture
 
-    def _is_full(self) -> bool:
-        """Under the lock."""
-        if self._room < 0:
+    def _take_out(self, unfuture: Unfuture[Any]) -> bool:
+        """Whether it still stood in the queue."""
+        if not take_out(self._jobs, unfuture):
             return False
-        # What waits for a worker, beyond those that are about to be taken.
-        at_work = self._running - len(self._waiting)
-        return len(self._jobs) + at_work >= self._limit + self._room
+        self._leave(unfuture)
+        return True
+
+    # Bounded room. A job is inside from before it stands in the queue until it has ended, but for
+    # the time in which its worker waits.
+
+    def _enter(self, unfuture: Unfuture[Any]) -> None:
+        """Returns when there is room for it, or the queue is closed.
+
+        :raises queue.Full: if there is none, and it must not wait.
+        """
+        try:
+            while self._refuse is None:
+                self._inside[unfuture] = None
+                # If several come at once, those that came first are in, and the others go again.
+                is_in = not self._is_beyond(self._inside, unfuture, self._places)
+                if is_in or self._is_own_worker():
+                    break
+                del self._inside[unfuture]
+                self._wait_for_room()
+        except BaseException:  # a Ctrl-C, say
+            self._inside.pop(unfuture, None)
+            raise
+        self._open_door()  # if there is more
+
+    @property
+    def _places(self) -> int:
+        return self._limit + self._room
+
+    @staticmethod
+    def _is_beyond(line: dict[Any, Any], one: object, most: int) -> bool:
+        """Whether so many stand in the line before it; not if it has been taken out meanwhile."""
+        try:
+            return len(line) > most and list(line).index(one) >= most
+        except ValueError:
+            return False
+
+    def _leave(self, unfuture: Unfuture[Any] | None) -> None:
+        if self._room >= 0 and unfuture is not None:
+            self._inside.pop(unfuture, None)
+            self._open_door()
 
     def _is_own_worker(self) -> bool:
         worker = _this_worker()
@@ -2031,215 +2831,331 @@ class JobQueue:
 
     def _wait_for_room(self) -> None:
         """Returns when it is worth another try."""
+        self._open_door()  # for one who looked while this one was inside, and saw no room
         if self._drop_cancelled():
             return
         if not self._patient or running_loop() is not None:
             raise full_error(self._limit, self._room, self._patient)
-        lock = threading.Lock()
-        lock.acquire()
-        with self._lock:
-            if not self._is_full() or self._refuse is not None:
-                return
-            self._door.append(lock)
-        with pool_wait():  # it may be another pool's thread
-            try:
-                lock.acquire()
-            except BaseException:
-                with self._lock:
-                    if lock in self._door:
-                        self._door.remove(lock)
-                self._open_door()  # it may have been let in already
-                raise
+        self._call_up()  # if this thread has been interrupted before it did so
+        blocked = _Blocked()
+        self._door.append(blocked)
+        try:
+            # Whoever makes room then looks at the door; so this looks for room at the door.
+            if len(self._inside) >= self._places and self._refuse is None:
+                with pool_wait(blocked):  # it may be another pool's thread
+                    blocked.wait(None)
+        except BaseException:
+            take_out(self._door, blocked)
+            self._open_door()  # it may have been let in already
+            raise
+        take_out(self._door, blocked)
 
     def _open_door(self) -> None:
         """Lets in the first of those that wait for room, if there is some."""
-        if self._room < 0:
-            return
-        with self._lock:
-            first = self._door.popleft() if self._door and not self._is_full() else None
-        if first is not None:
-            first.release()
+        if self._door and (len(self._inside) < self._places or self._refuse is not None):
+            with suppress(IndexError):
+                self._door.popleft().interrupt()
 
     def _drop_cancelled(self) -> bool:
         """Whether some of the queue were cancelled, and so make room."""
-        with self._lock:
-            jobs = list(self._jobs)
-            self._jobs.clear()
-            self._jobs.extend(job for job in jobs if job._status < CANCELLED)
-            dropped = len(jobs) - len(self._jobs)
-            self._cancelled += dropped
-            return dropped > 0
+        dropped = False
+        for job in _listed(self._jobs):
+            if job._status >= CANCELLED and self._take_out(job):
+                self._tally.add(job._status)
+                dropped = True
+        return dropped
+
+    # Workers that come.
 
     def _missing(self) -> int:
-        """Under the lock: how many more workers should be at work; negative if too many."""
-        return self._limit - (self._workers - len(self._waiting) - len(self._parked))
+        """How many more workers should be at work; negative if too many.
 
-    def _reinforce(self) -> tuple[threading.Lock | None, bool]:
-        """Under the lock: a worker to wake for the queue, and whether to start one."""
-        if self._jobs and self._missing() > 0:
-            if self._parked:
-                return self._parked.pop(), False
-            if self._workers < self._limit + (self._spares if self._waiting else 0):
-                self._workers += 1
-                return None, True
-        return None, False
-
-    def _relieve(self) -> Exception | None:
-        """Called by a worker that waits or ends: has another one go on with the queue.
-
-        Returns why none could be started.
+        Others change what is counted here meanwhile. One who begins or goes on in between may be
+        missed, and one more be called than is needed. But each that is taken for one at work is
+        so, and will look at the queue before it does anything else.
         """
-        with self._lock:
-            idle, spawn = self._reinforce()
-        return self._send_for(idle, spawn)
+        return self._limit - (len(self._workers) - len(self._waiting) - len(self._idle))
 
-    def _send_for(self, idle: threading.Lock | None, spawn: bool) -> Exception | None:
-        """Wakes or starts the worker that `_reinforce` asked for; returns why it cannot."""
-        if idle is not None:
-            idle.release()
-        elif spawn:
+    def _call_up(self, unfuture: Unfuture[Any] | None = None) -> Exception | None:
+        """Wakes or starts a worker, if there are jobs and one is missing.
+
+        Returns why none could be started. Whoever waits without a worker at work looks again: see
+        `_Worker.wait`.
+
+        :param unfuture: the job that it is called for, whose caller hears of it.
+        :raises Exception: as `_start_worker`.
+        """
+        if not self._jobs:
+            return None
+        if self._missing() > 0:
+            if self._rouse():
+                return None
+            # From now on a handler that interrupts this thread knows that it must start one itself.
+            _this.starts.append(self)
+            try:
+                if self._send_for_one():
+                    return self._start_worker(unfuture)
+            finally:
+                _this.starts.pop()
+        _start_again()
+        return None
+
+    def _rouse(self) -> bool:
+        """Wakes the worker that went idle last, of those that sleep; whether there was one."""
+        return any(map(self._wake, reversed(list(self._idle))))
+
+    def _wake(self, bed: threading.Lock) -> bool:
+        """Whether this, and nobody else, has woken the one that sleeps there."""
+        try:
+            bed.release()
+        except RuntimeError:
+            return False  # it is awake
+        # It does so itself as well: whoever comes here may be interrupted before.
+        self._idle.pop(bed, None)
+        return True
+
+    def _send_for_one(self) -> bool:
+        """Counts one worker more, who is to begin; not if there are as many as there may be."""
+        most = self._limit + (self._spares if self._waiting else 0)
+        if len(self._workers) >= most:
+            return False
+        worker = _Worker(self)
+        self._workers[worker] = None
+        if not self._is_beyond(self._workers, worker, most):
+            return True
+        # Others were first. Unless a thread has just begun as this one.
+        # Then the one that it was sent for is left, and none will come for that.
+        surplus = worker if take(worker.to_begin) else self._begin_worker()
+        if surplus is not None:
+            del self._workers[surplus]
+            if self._jobs and self._missing() > 0:
+                self._rouse()  # for one who counted this one as a worker
+        return False
+
+    def _starting(self) -> list[_Worker]:
+        return [worker for worker in list(self._workers) if worker.to_begin]
+
+    def _begin_worker(self) -> _Worker | None:
+        """In a new thread: which of those that were sent for it is; or None, if it comes too late.
+
+        So a start that Ctrl-C interrupts may be tried again: the second thread finds nothing to
+        begin. Whoever finds that none could be started takes one off in the same way.
+        """
+        workers: list[_Worker] = []
+        while (now := list(self._workers)) != workers:
+            # Another one was sent for meanwhile: its thread may have begun as the one that this
+            # thread was sent for.
+            workers = now
+            for worker in workers:
+                if take(worker.to_begin):
+                    return worker
+        return None
+
+    def _start_worker(self, unfuture: Unfuture[Any] | None) -> Exception | None:
+        """Starts a worker that is counted; returns why it could not.
+
+        If that leaves none, what stands in the queue fails.
+
+        :param unfuture: the job that it was sent for, whose caller hears of it.
+        :raises Exception: why it could not, if that job is refused.
+        :raises KeyboardInterrupt: if it struck meanwhile, or anything that is no Exception; the
+            worker has been started, unless that happened again and again.
+        """
+        failure: Exception | None = None
+        interrupt: BaseException | None = None
+        for _ in range(START_ATTEMPTS):
+            failure = None
             try:
                 self._spawn()
             except Exception as exc:
-                # Whoever waits without a worker at work looks again: see `_Worker.wait`.
-                self._end_worker(failed=False)
-                return exc
-        return None
+                failure = exc
+            except BaseException as exc:
+                interrupt = exc
+                # Whether a thread was started nobody knows.
+                failure = interrupted_start_error(exc)
+                if self._starting():
+                    continue
+            break
+        if failure is not None:
+            refused = False
+            for other in self._give_up_start():
+                if other is unfuture:
+                    refused = True
+                    self._tally.add(REFUSED)
+                else:
+                    # Who came later counted on the thread that did not start.
+                    other._complete(FAILED, failure)
+                    self._tally.add(FAILED)
+            if refused and interrupt is None:
+                raise failure
+        if interrupt is not None:
+            raise interrupt
+        return failure
 
-    def _none_at_work(self) -> bool:
-        with self._lock:
-            return self._workers <= len(self._waiting) + len(self._parked)
+    def _start_again(self) -> None:
+        """For a handler that has interrupted this thread while it starts a worker.
 
-    def _is_stuck(self) -> bool:
-        """Whether no worker is at work, and all wait for jobs that stand in the queue."""
-        with self._lock:
-            taken = self._taken
-            queued = {id(job): job for job in self._jobs}
-            waits = [
-                (worker.job, worker.awaited)
-                for worker in self._waiting
-                if worker.job is not None and worker.awaited is not None
-            ]
-            if not queued or len(waits) < len(self._waiting) or not self._none_at_work():
-                return False
-        if not waits_for_ever(Unfuture, queued, waits):
-            return False
-        with self._lock:
-            return (
-                taken == self._taken and len(self._waiting) == len(waits) and self._none_at_work()
-            )
+        Nobody knows whether a thread has been started; if not, it would wait for itself.
+        """
+        if self._starting():
+            with suppress(Exception):  # which the one that it interrupted will find as well
+                self._spawn()
 
-    def _add_worker(self, unfuture: Unfuture[Any]) -> None:
-        try:
-            self._spawn()
-        except BaseException as exc:
-            stranded = self._end_worker(failed=True)
-            if unfuture not in stranded:
-                return  # another worker does it, or did
-            # Who came later counted on the thread that did not start.
-            for other in stranded:
-                if other is not unfuture:
-                    other._complete(FAILED, exc)
-            with self._lock:
-                self._submitted -= 1  # this one's caller hears of it at once
-                self._failed += len(stranded) - 1
-            raise
+    def _give_up_start(self) -> list[Unfuture[Any]]:
+        """Unless it has begun; returns the jobs that nobody will do."""
+        worker = self._begin_worker()
+        if worker is None:
+            return []
+        del self._workers[worker]
+        if not self._workers:
+            return self._take_all()
+        if self._jobs and self._missing() > 0:
+            self._rouse()  # for one who counted this one as a worker
+        self._note_end()
+        return []
 
-    def _end_worker(self, failed: bool) -> list[Unfuture[Any]]:
-        """Counts one worker less; if the last one failed, returns the jobs that nobody will do."""
-        stranded: list[Unfuture[Any]] = []
-        with self._lock:
-            self._workers -= 1
-            if self._workers == 0:
-                if failed:
-                    stranded.extend(self._jobs)
-                    self._jobs.clear()
-                if self._refuse is not None:
-                    self._ended.set()
-        return stranded
+    # Workers at work.
 
     def work(self, prepare: Callable[[], object] | None = None) -> None:
         """A worker's life: runs jobs until the queue is closed and empty.
 
+        Returns at once if no worker is missing: its start was given up, or another one was first.
+
         :raises BaseException: what `prepare` raised; then no job was taken.
         """
-        worker = _Worker(self)
-        lock = threading.Lock()
-        lock.acquire()
-        counted = begun = True
+        worker = self._begin_worker()
+        if worker is None:
+            return
+        begun = True
         try:
             if prepare is not None:
                 prepare()
         except BaseException:
-            self._end_worker(failed=False)
+            self._end_worker(worker)
             raise
         try:
             _this.worker = worker
             while True:
                 if worker.waits:
                     worker.end_all_waits()  # of a loop that was left
-                with self._lock:
-                    unfuture = None
-                    # When those that waited go on, there are too many.
-                    if self._jobs and (self._missing() >= 0 or self._refuse is not None):
-                        unfuture = self._jobs.popleft()
-                        self._running += 1
-                        self._taken += 1
-                    elif self._refuse is not None:
-                        return
-                    elif len(self._parked) < self._limit:
-                        self._parked.append(lock)
-                    else:
-                        self._workers -= 1
-                        counted = False
-                        return
-                    worker.job = unfuture
-                if unfuture is None:
-                    lock.acquire()
-                else:
+                if self._take_job(worker):
                     begun = True
-                    begun = unfuture._work()
-                    # An idle worker must not keep the last result alive.
-                    done, unfuture = unfuture, None
-                    with self._lock:
-                        worker.job = None
-                        self._count_ended(done, begun)
-                    del done
-                    self._open_door()
+                    assert worker.job is not None
+                    begun = worker.job._work()
+                    self._end_job(worker, begun)
+                elif not self._rest(worker):
+                    return
         except BaseException as exc:
             # Nothing of ours raises here: somebody raised it in this thread from outside.
             logger.critical("a worker was killed, another one takes its place", exc_info=True)
             if worker.job is not None:
                 worker.job._complete(FAILED, exc)
-                with self._lock:
-                    self._count_ended(worker.job, begun)
+                self._end_job(worker, begun)
         finally:
             _this.worker = None
-            if counted:
-                self._end_worker(failed=False)
-                self._relieve()
+            self._end_worker(worker)
+            self._call_up()
 
-    def _count_ended(self, unfuture: Unfuture[Any], begun: bool) -> None:
-        """Under the lock: a worker is through with it."""
-        self._running -= 1
-        self._begun += begun
-        self._count_outcome(unfuture)
+    def _take_job(self, worker: _Worker) -> bool:
+        # When those that waited go on, there are too many. If two see each other here, both rest,
+        # and the second of them sees that one is missing then.
+        if (
+            len(self._workers) > self._limit
+            and self._refuse is None
+            and len(self._at_work()) > self._limit
+        ):
+            return False
+        try:
+            worker.job = self._jobs.popleft()
+        except IndexError:
+            return False
+        worker.taken += 1
+        self._tally.add(TAKEN)
+        return True
 
-    def _count_outcome(self, unfuture: Unfuture[Any]) -> None:
-        """Under the lock."""
-        if unfuture._status == FINISHED:
-            self._finished += 1
-        elif unfuture._status == FAILED:
-            self._failed += 1
-        else:
-            self._cancelled += 1
+    def _end_job(self, worker: _Worker, begun: bool) -> None:
+        # An idle worker must not keep the last result alive.
+        done = worker.end_job()
+        assert done is not None
+        if not begun:
+            self._tally.add(NOT_BEGUN)
+        self._tally.add(done._status)
+        self._leave(done)
+
+    def _rest(self, worker: _Worker) -> bool:
+        """Sleeps until somebody wakes it; False if it is to end."""
+        if self._refuse is not None:
+            return False
+        bed = worker.bed = threading.Lock()
+        bed.acquire()
+        try:
+            self._idle[bed] = worker
+            if self._is_beyond(self._idle, bed, self._limit):
+                return False
+            # Now whoever submits or closes can see it; what they did before, it sees.
+            if self._refuse is not None:
+                return True
+            if self._jobs and self._missing() > 0:
+                self._rouse()
+            bed.acquire()
+            return True
+        finally:
+            self._idle.pop(bed, None)
+            worker.bed = None
+
+    def _at_work(self) -> list[_Worker]:
+        return [worker for worker in list(self._workers) if not worker.to_begin and worker.is_up()]
+
+    def _none_at_work(self) -> bool:
+        """None that has begun."""
+        return not self._at_work()
+
+    def _may_work(self) -> bool:
+        """Whether some worker is at work, or may begin."""
+        return any(worker.is_up() for worker in list(self._workers))
+
+    def _is_stuck(self) -> bool:
+        """Whether no worker is at work, and all wait for jobs that stand in the queue."""
+        taken = self._taken()
+        queued = {id(job): job for job in _listed(self._jobs)}
+        waiting = list(self._waiting)
+        waits: list[tuple[Unfuture[Any], Unfuture[Any]]] = []
+        for worker in waiting:
+            job, awaited = worker.job, worker.awaited
+            if job is None or awaited is None:
+                return False
+            waits.append((job, awaited))
+        if not queued or self._may_work() or not waits_for_ever(Unfuture, queued, waits):
+            return False
+        # If nobody has moved since.
+        return taken == self._taken() and list(self._waiting) == waiting and not self._may_work()
+
+    def _taken(self) -> int:
+        """How many jobs the workers have taken, those that there are."""
+        return sum(worker.taken for worker in list(self._workers))
+
+    def _end_worker(self, worker: _Worker) -> None:
+        """Counts one worker less."""
+        self._workers.pop(worker, None)
+        self._note_end()
+
+    def _note_end(self) -> None:
+        # In this order: what is taken out of the queue is in the hands of one of the workers.
+        if self._refuse is not None and not self._jobs and not self._workers:
+            self._ended.set()
 
     def counts(self) -> QueueCounts:
         """For `unsync.stats()`: see `QueueCounts`."""
-        with self._lock:
-            ended = self._finished, self._failed, self._cancelled
-            work = (self._begun + self._running, *ended, self._submitted - sum(ended))
-            return work, len(self._jobs), self._workers, len(self._parked), len(self._waiting)
+        counts = self._tally.read()
+        submitted = counts[SUBMITTED] - counts[REFUSED]
+        started = counts[TAKEN] - counts[NOT_BEGUN]
+        ended = (
+            counts[FINISHED],
+            counts[FAILED],
+            counts[CANCELLED] + counts[CANCELLED_AND_NOTIFIED],
+        )
+        work = (started, *ended, submitted - sum(ended))
+        return work, len(self._jobs), len(self._workers), len(self._idle), len(self._waiting)
 
     def wait(self, timeout: float | None) -> bool:
         """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
@@ -2250,140 +3166,285 @@ class JobQueue:
 
     def close(self, refuse: Callable[[], Exception]) -> None:
         """Refuses further jobs with `refuse()`; the workers end when the queue is empty."""
-        with self._lock:
-            if self._refuse is None:
-                self._refuse = refuse
-            if self._workers == 0:
-                self._ended.set()
-            blocked = [*self._parked, *self._door]
-            self._parked.clear()
-            self._door.clear()
-        for lock in blocked:
-            lock.release()
+        if self._refuse is None:
+            self._refuse = refuse
+        for bed in list(self._idle):
+            self._wake(bed)
+        while self._door:
+            self._open_door()
+        self._note_end()
 
     def cancel_all(self) -> None:
         """Cancels the jobs that have not begun."""
         for unfuture in self._take_all():
-            unfuture.cancel()
-            with self._lock:
-                self._count_outcome(unfuture)
+            unfuture._complete(CANCELLED, None, expected=PENDING)
+            self._tally.add(unfuture._status)
 
     def fail_all(self, error: Exception) -> None:
         """Fails the jobs that have not begun."""
+        check_outcome(FAILED, error)
         for unfuture in self._take_all():
             unfuture._complete(FAILED, error)
-            with self._lock:
-                self._count_outcome(unfuture)
+            self._tally.add(unfuture._status)
 
     def _take_all(self) -> list[Unfuture[Any]]:
-        with self._lock:
-            jobs = list(self._jobs)
-            self._jobs.clear()
+        jobs: list[Unfuture[Any]] = []
+        with suppress(IndexError):
+            while True:
+                jobs.append(self._jobs.popleft())
+        for job in jobs:
+            self._leave(job)
+        self._note_end()
         return jobs
 
     def after_fork(self) -> None:
         """In the child: the workers, and the jobs that waited for them, stayed with the parent."""
-        self._lock = threading.RLock()
-        self._jobs.clear()
-        self._parked.clear()
         for worker in self._waiting:
             worker.waits = 0
-        self._waiting.clear()
-        self._door.clear()
-        self._workers = self._running = 0
-        self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
+        # All anew: a thread of the parent may have been in the middle of a change.
+        self._set_up()
 
 
 @final
 class _Worker:
     """A thread of a pool, and the waits it is in."""
 
-    __slots__ = ("awaited", "failure", "job", "queue", "waits")
+    __slots__ = (
+        "awaited",
+        "bed",
+        "blocked",
+        "call",
+        "era",
+        "failure",
+        "found_by",
+        "job",
+        "queue",
+        "requests",
+        "taken",
+        "to_begin",
+        "waits",
+    )
 
     def __init__(self, queue: JobQueue) -> None:
         self.queue = queue
-        # These belong to its own thread. There is more than one wait in a loop of its own, with
-        # many tasks. Why no spare worker could be started for the last one, if so.
+        # Taken by the thread that begins, or by who gives its start up.
+        self.to_begin: deque[None] = deque([None])
+        # All that follows is written by its own thread, but for what is said to be others'.
+        # There is more than one wait in a loop of its own, with many tasks. Why no spare worker
+        # could be started for the last one, if so.
         self.waits = 0
         self.failure: Exception | None = None
-        # These belong to the queue's lock: what it works on, and what it waits for.
+        # How often it has given up all its waits, at the end of a job: those are nobody's any more.
+        self.era = 0
+        # What it works on, what it waits for, and what it sleeps in while it is idle; and how many
+        # jobs it has taken.
         self.job: Unfuture[Any] | None = None
         self.awaited: Unfuture[Any] | None = None
+        self.bed: threading.Lock | None = None
+        self.taken = 0
+        # Which call of a job that makes several it is at; and what to interrupt, while it waits
+        # outside of a loop of its own.
+        self.call: Unfuture[Any] | None = None
+        self.blocked: Any = None
+        # Others leave here that the job or call was cancelled from a loop, until a wait has been
+        # ended by that; and find here what to interrupt, by the job or call that it serves, and
+        # take it: so nobody who comes late interrupts a wait of the next job.
+        self.requests: dict[Unfuture[Any], CancelRequest] = {}
+        self.found_by: dict[Unfuture[Any], Any] = {}
+
+    def is_up(self) -> bool:
+        """Whether it neither waits nor sleeps."""
+        bed = self.bed
+        asleep = bed is not None and bed in self.queue._idle and bed.locked()
+        return not asleep and self not in self.queue._waiting
 
     def begin_wait(self, unfuture: Unfuture[Any] | None) -> None:
         """Called before it waits for `unfuture`, or None for something unknown."""
         self.waits += 1
-        if self.waits > 1:
+        queue = self.queue
+        if self in queue._waiting:
             return
-        # At once: in between there may be no worker at work, and no reason to worry.
-        with self.queue._lock:
-            self.queue._waiting.append(self)
-            self.awaited = unfuture
-            idle, spawn = self.queue._reinforce()
-        self.failure = self.queue._send_for(idle, spawn)
-        self.queue._open_door()
+        self.awaited = unfuture
+        queue._waiting[self] = None
+        if self.bed is not None:
+            # In a finalizer, which has come as it went idle.
+            queue._wake(self.bed)
+        queue._leave(self.job)
+        self.failure = queue._call_up()
 
-    def end_wait(self) -> None:
-        if self.waits:
+    def end_wait(self, era: int) -> None:
+        """:param era: of when it began. Its loop may have been left since, and run elsewhere."""
+        if self.waits and era == self.era and _this_worker() is self:
             self.waits -= 1
             if not self.waits:
                 self._go_on()
 
     def end_all_waits(self) -> None:
+        self.era += 1
         self.waits = 0
         self._go_on()
 
     def _go_on(self) -> None:
-        with self.queue._lock:
-            self.queue._waiting.remove(self)
-            awaited, self.awaited = self.awaited, None
-        del awaited
-        self.queue._open_door()
+        queue = self.queue
+        if queue._room >= 0 and self.job is not None:
+            queue._inside[self.job] = None
+        queue._waiting.pop(self, None)
+        self.awaited = None
+
+    # A cancel of the call that it is at, which comes from a loop. The function cannot be stopped,
+    # but a wait of it can be ended: that in progress, or else the next one. Who cancels leaves the
+    # request, then looks for a wait; who waits can be found first, and then looks for a request.
+
+    def begin_call(self, unfuture: Unfuture[Any]) -> None:
+        """Of those of its job."""
+        self.requests.clear()
+        self.call = unfuture
+
+    def end_job(self) -> Unfuture[Any] | None:
+        job, self.job = self.job, None
+        self.call = None
+        self.requests.clear()
+        self._hide()  # if somebody raised something in the thread
+        return job
+
+    def cancel_call(self, unfuture: Unfuture[Any], request: CancelRequest) -> None:
+        """In any thread: `unfuture` was cancelled; if this is still at it, a wait is to hear."""
+        if unfuture is not self.job and unfuture is not self.call:
+            return
+        self.requests[unfuture] = request
+        blocked = self.found_by.pop(unfuture, None)
+        if blocked is not None:
+            blocked.interrupt()
+
+    def begin_blocking(self, blocked: Any) -> CancelRequest | None:
+        """The thread is going to wait until that is released.
+
+        Returns why it must not, as `end_blocking` does. A loop of the thread's own is left alone,
+        and so is what the core itself asks within a wait.
+        """
+        if self.blocked is not None or running_loop() is not None:
+            return None
+        self.blocked = blocked
+        for unfuture in (self.job, self.call):
+            if unfuture is not None:
+                self.found_by[unfuture] = blocked
+        request = self._take_request()
+        if request is not None:
+            self._hide()
+        return request
+
+    def end_blocking(self, blocked: Any, takes: bool) -> CancelRequest | None:
+        """What the wait was ended by, if it was, and asks for that: it is told once."""
+        if self.blocked is not blocked:
+            return None
+        self._hide()
+        return self._take_request() if takes else None
+
+    def _hide(self) -> None:
+        self.found_by.clear()
+        self.blocked = None
+
+    def _take_request(self) -> CancelRequest | None:
+        """What was asked of its job, or of the call of that."""
+        for unfuture in (self.call, self.job):
+            if unfuture is not None and unfuture in self.requests:
+                return self.requests.pop(unfuture)
+        return None
 
     def wait(self, unfuture: Unfuture[Any], blocked: _Blocked, timeout: float | None) -> bool:
-        """Waits in `blocked`, with a spare worker in its place; False after `timeout` seconds.
+        """Waits in `blocked`, with a spare worker in its place; False if there is no outcome.
+
+        That is after `timeout` seconds, or for `blocked.request`.
 
         :raises RuntimeError: if there is none, and the pool would wait for ever.
         """
+        blocked.request = self.begin_blocking(blocked)
+        if blocked.request is not None:
+            return False
+        is_done = True
+        try:
+            try:
+                self.begin_wait(unfuture)
+                self._wait_in(unfuture, blocked, timeout)
+            finally:
+                self.end_wait(self.era)
+            is_done = unfuture._status >= CANCELLED
+        finally:
+            request = self.end_blocking(blocked, not is_done)
+        blocked.request = request
+        return is_done
+
+    def _wait_in(self, unfuture: Unfuture[Any], blocked: _Blocked, timeout: float | None) -> None:
         queue = self.queue
         until = None if timeout is None else monotonic() + max(timeout, 0)
-        self.begin_wait(unfuture)
-        try:
-            while self.waits == 1 and queue._none_at_work():
-                # Nobody else would see to the queue. What is waited for may come to hang upon it
-                # later on, as when a coroutine calls a function.
-                if queue._is_stuck() and unfuture._status < CANCELLED:
-                    raise exhausted_error(queue._workers, unfuture, self.failure)
-                left = LOOK_AGAIN_SECONDS
-                if until is not None:
-                    left = min(left, until - monotonic())
-                if blocked.wait(left):
-                    return True
-                if until is not None and monotonic() >= until:
-                    return False
-                self.failure = queue._relieve()
-            return blocked.wait(None if until is None else until - monotonic())
-        finally:
-            self.end_wait()
+        while self.waits == 1 and queue._none_at_work():
+            # Nobody else would see to the queue. What is waited for may come to hang upon it
+            # later on, as when a coroutine calls a function. With a timeout it is no deadlock.
+            if timeout is None and queue._is_stuck() and unfuture._status < CANCELLED:
+                raise exhausted_error(len(queue._workers), unfuture, self.failure)
+            left = LOOK_AGAIN_SECONDS
+            if until is not None:
+                left = min(left, until - monotonic())
+            if blocked.wait(left):
+                return
+            if until is not None and monotonic() >= until:
+                return
+            self.failure = queue._call_up()
+        blocked.wait(None if until is None else until - monotonic())
 
 
 def _this_worker() -> _Worker | None:
-    return getattr(_this, "worker", None)
+    return _this.worker
+
+
+def _start_again() -> None:
+    """For a thread that submits or waits.
+
+    If it does so in a handler that has interrupted it while it starts a worker, nobody else would
+    start that one meanwhile.
+    """
+    for queue in [*_this.starts]:
+        queue._start_again()
+
+
+def in_worker() -> bool:
+    """Whether this is a thread of a pool."""
+    return _this_worker() is not None
 
 
 @final
 class pool_wait:  # noqa: N801  # lower case as in the twin
-    """Around a wait that is none for an Unfuture; nothing in a thread that is not a pool's."""
+    """Around a wait that is none for an Unfuture; nothing in a thread that is not a pool's.
+
+    :param blocked: its `interrupt()` ends the wait.
+    :raises InvalidStateError: in the ambient loop's thread, which must not wait.
+    :raises CancelledError: at the begin or the end, if the call that runs in this thread was
+        cancelled from a loop.
+    """
+
+    def __init__(self, blocked: Any) -> None:
+        self._blocked = blocked
 
     def __enter__(self) -> None:
+        if in_home_thread():
+            raise would_block_error()
+        check_threads()
+        wake_home_again()
+        _start_again()
         worker = _this_worker()
         if worker is not None:
+            request = worker.begin_blocking(self._blocked)
+            if request is not None:
+                raise cancelled_error(request.message, False)
             worker.begin_wait(None)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         worker = _this_worker()
         if worker is not None:
-            worker.end_wait()
+            worker.end_wait(worker.era)
+            request = worker.end_blocking(self._blocked, kind is None)
+            if request is not None:
+                raise cancelled_error(request.message, False)
 
 
 @final

@@ -15,14 +15,16 @@ class Book:
 
     def __init__(self, width: int) -> None:
         """:param width: how many sums each of them keeps."""
-        self._lock = threading.RLock()  # guards the others; a `__del__` may open or close
+        # Held by who closes or reads, so that what is counted moves from the one to the other at
+        # once. No call waits for it: `open` takes it not, and nobody waits for who closes. It is
+        # reentrant, since a `__del__` may close, and a signal handler read.
+        self._lock = threading.RLock()
         self._open: list[Mailbox | JobQueue] = []
         # What those that were closed counted.
         self._past: tuple[int, ...] = (0,) * width
 
     def open(self, source: Mailbox | JobQueue) -> None:
-        with self._lock:
-            self._open.append(source)
+        self._open.append(source)
 
     def close(self, source: Mailbox | JobQueue) -> None:
         """It has ended, and will count no more."""
@@ -42,7 +44,7 @@ class Book:
     def read(self) -> tuple[tuple[int, ...], list[tuple[Any, ...]]]:
         """The sums over all, and the other numbers of each that is open."""
         with self._lock:
-            counts = [source.counts() for source in self._open]
+            counts = [source.counts() for source in list(self._open)]
             past = self._past
         return _sum([past, *(sums for sums, *_ in counts)]), [tuple(each[1:]) for each in counts]
 

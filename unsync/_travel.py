@@ -349,7 +349,7 @@ def _culprit(
     for what, value in named:
         try:
             _dumps(value)
-        except Exception:  # noqa: PERF203
+        except Exception:
             return what if value is function else f"{what}, of type {type(value).__qualname__},"
     return f"a call of {name}"
 
@@ -368,6 +368,7 @@ def run(name: str, parcel: bytes) -> object:
     except Exception as exc:
         why = f"the arguments of {name} cannot be unpickled in process {os.getpid()}: {exc}"
         error = _told(pickle.UnpicklingError(why), exc)
+        _add_note(error)
     else:
         try:
             result = function(*args, **kwargs)
@@ -398,6 +399,24 @@ def run(name: str, parcel: bytes) -> object:
     raise error
 
 
+# What the next failure in this process is told, as a note; None for nothing.
+_note: str | None = None
+
+
+def tell_first_failure(note: str) -> None:
+    """In a worker process: the first failure there gets this note."""
+    global _note
+    _note = note
+
+
+def _add_note(failure: BaseException) -> None:
+    global _note
+    note, _note = _note, None
+    if note is not None and sys.version_info >= (3, 11):
+        with suppress(Exception):
+            failure.add_note(note)
+
+
 def _told(error: Exception, cause: BaseException) -> Exception:
     """Gives the error its cause as text: with tblib, which Dask brings, causes travel as well."""
     import traceback
@@ -410,6 +429,7 @@ def pack_failure(name: str, failure: BaseException) -> bytes | Exception:
     """What a call raised, pickled; or what to raise in its place, if it cannot travel back."""
     import pickle
 
+    _add_note(failure)
     try:
         carried = _dumps(failure)
         pickle.loads(carried)

@@ -8,27 +8,56 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from unsync._common import (
+    FAILED,
+    FINISHED,
+    CancelRequest,
+    PoolWait,
+    WaiterList,
+    awaited_exception,
+    logger,
+    running_loop,
+)
+
 if TYPE_CHECKING:
+    from contextvars import Context
+
     from unsync._core_py import Unfuture
 
 T = TypeVar("T")
 
-# The core's way to be told, in the thread that finishes it.
+# The core's ways to be told, in the thread that finishes it: before whoever waits, and after.
 WhenDone = Callable[["Unfuture[Any]", Callable[["Unfuture[Any]"], object]], None]
 
 
 class _AsyncioView(asyncio.Future[T]):
     """Belongs to one loop, as every asyncio future does."""
 
-    def __init__(self, unfuture: Unfuture[T], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        unfuture: Unfuture[T],
+        loop: asyncio.AbstractEventLoop,
+        in_worker: Callable[[], bool],
+    ) -> None:
         super().__init__(loop=loop)
         self._unfuture = unfuture
+        self._in_worker = in_worker
+        # How many callbacks were added in a thread of a pool, whose loop waits by them.
+        self._waiting = 0
+        # The last one whose answer comes later. They are answered in the order they were made, so
+        # if this one was heard, so were those before it.
+        self._request: CancelRequest | None = None
 
     def cancel(self, msg: Any | None = None) -> bool:
-        return self._unfuture.cancel(msg)
+        request = CancelRequest(msg)
+        answer = self._unfuture._request_cancel(request)
+        if request.awaited:
+            self._request = request
+        return answer
 
     def set_result(self, result: T, /) -> None:
         self._unfuture.set_result(result)
@@ -36,10 +65,54 @@ class _AsyncioView(asyncio.Future[T]):
     def set_exception(self, exception: type | BaseException, /) -> None:
         self._unfuture.set_exception(exception)
 
+    # Looking at it is looking at the Unfuture, which is the one to report what nobody looked at.
+
+    def result(self) -> T:
+        self._look()
+        return super().result()
+
+    def exception(self) -> BaseException | None:
+        self._look()
+        return super().exception()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        try:
+            return (yield from super().__await__())
+        finally:
+            self._look()
+
+    __iter__ = __await__
+
+    def _look(self) -> None:
+        if self.done():
+            self._unfuture._get_snapshot()
+
+    # A task of a loop that runs in a thread of a pool waits: that thread must be made up for.
+
+    def add_done_callback(
+        self, fn: Callable[[Any], object], /, *, context: Context | None = None
+    ) -> None:
+        super().add_done_callback(fn, context=context)
+        if not self.done() and self._in_worker():
+            self._waiting += 1
+            if self._waiting == 1:
+                self._unfuture.add_done_callback(self._end_wait)
+
+    def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
+        removed = super().remove_done_callback(fn)
+        if self._waiting:
+            self._waiting = max(self._waiting - removed, 0)
+            if not self._waiting:
+                self._unfuture.remove_done_callback(self._end_wait)
+        return removed
+
+    def _end_wait(self, unfuture: Unfuture[T]) -> None:
+        """The Unfuture has told the pool."""
+
     def tell(self, unfuture: Unfuture[T]) -> None:
         """Called by the thread that finished the Unfuture."""
         loop = self.get_loop()
-        if asyncio._get_running_loop() is loop:
+        if running_loop() is loop:
             self.follow()
             return
         try:
@@ -47,28 +120,45 @@ class _AsyncioView(asyncio.Future[T]):
         except RuntimeError:
             if not loop.is_closed():
                 raise
+        except BaseException:
+            # A Ctrl-C, and nobody else would tell it. It follows once.
+            loop.call_soon_threadsafe(self.follow)
+            raise
 
     def follow(self) -> None:
+        """Called in the loop's thread, or before anybody else has it."""
         if self.done():
             return
-        try:
-            failure = self._unfuture.exception()
-        except asyncio.CancelledError as cancelled:
-            super().cancel(*cancelled.args[:1])
-            return
-        if failure is None:
-            super().set_result(self._unfuture.result())
+        status, outcome = self._unfuture._peek()
+        if self._request is not None and self._request.was_lost():
+            super().cancel(self._request.message)
+        elif status == FINISHED:
+            super().set_result(outcome)
+        elif status == FAILED:
+            super().set_exception(awaited_exception(outcome))
+            super().exception()  # the Unfuture is the one to report it
         else:
-            super().set_exception(failure)
+            super().cancel(outcome)
 
 
 class _ConcurrentView(concurrent.futures.Future[T]):
-    def __init__(self, unfuture: Unfuture[T]) -> None:
+    def __init__(
+        self,
+        unfuture: Unfuture[T],
+        in_worker: Callable[[], bool],
+        pool_wait: PoolWait,
+    ) -> None:
         super().__init__()
         self._unfuture = unfuture
+        self._in_worker = in_worker
+        # For wait() and as_completed().
+        self._waiters: list[Any] = WaiterList(pool_wait)
 
     def cancel(self) -> bool:
         return self._unfuture.cancel()
+
+    def _request_cancel(self, request: CancelRequest) -> bool:
+        return self._unfuture._request_cancel(request)
 
     def running(self) -> bool:
         return self._unfuture.running()
@@ -82,27 +172,95 @@ class _ConcurrentView(concurrent.futures.Future[T]):
     def set_exception(self, exception: BaseException | None) -> None:
         self._unfuture.set_exception(exception)
 
-    def follow(self, unfuture: Unfuture[T]) -> None:
-        """Called by the thread that finished the Unfuture."""
-        try:
-            failure = unfuture.exception()
-        except asyncio.CancelledError:  # where no loop runs it is concurrent.futures' as well
-            super().cancel()
-            super().set_running_or_notify_cancel()  # tells wait() and as_completed()
+    # Waiting for it is waiting for the Unfuture, and looking at it looking at that one.
+
+    def result(self, timeout: float | None = None) -> T:
+        self._wait(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._wait(timeout)
+        return super().exception(timeout)
+
+    def _wait(self, timeout: float | None) -> None:
+        unfuture = self._unfuture
+        unfuture._wait(timeout)
+        unfuture._get_snapshot()
+        self.follow()
+
+    def _get_snapshot(self) -> tuple[bool, bool, T | None, BaseException | None]:
+        return self._unfuture._get_snapshot()
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        super().add_done_callback(fn)
+        # By asyncio.wrap_future(), say: a loop that runs in a thread of a pool waits by it.
+        if not self.done() and self._in_worker() and running_loop() is not None:
+            self._unfuture.add_done_callback(_end_wait)
+
+    def follow(self, _: object = None) -> None:
+        """Called by the thread that finished the Unfuture, and by those who waited for it."""
+        if self.done() and not self.cancelled():
             return
-        if failure is None:
-            super().set_result(unfuture.result())
-        else:
-            super().set_exception(failure)
+        status, outcome = self._unfuture._peek()
+        # Somebody else may be faster.
+        with suppress(concurrent.futures.InvalidStateError):
+            if status == FINISHED:
+                super().set_result(outcome)
+            elif status == FAILED:
+                super().set_exception(outcome)
+            else:
+                super().cancel()
+                with self._condition:
+                    if self._state == "CANCELLED":
+                        super().set_running_or_notify_cancel()  # tells wait() and as_completed()
+
+    def _invoke_callbacks(self) -> None:
+        """Not here, for what follows is bookkeeping: the callbacks' turn comes with the others'."""
+
+    def call_back(self, _: object) -> None:
+        """Called by the thread that finished the Unfuture, when all who wait have been told."""
+        self.follow()
+        raised: BaseException | None = None
+        for callback in self._done_callbacks:  # type: ignore[attr-defined]
+            try:
+                callback(self)
+            except Exception:
+                logger.exception("exception calling callback for %r", self)
+            except BaseException as exc:
+                raised = raised or exc
+        if raised is not None:
+            raise raised
 
 
-def asyncio_view(unfuture: Unfuture[T], when_done: WhenDone) -> asyncio.Future[T]:
-    view = _AsyncioView(unfuture, unfuture.get_loop())
-    when_done(unfuture, view.tell)
+def _end_wait(unfuture: Unfuture[Any]) -> None:
+    """The Unfuture has told the pool."""
+
+
+def asyncio_view(
+    unfuture: Unfuture[T],
+    loop: asyncio.AbstractEventLoop,
+    when_done: WhenDone,
+    in_worker: Callable[[], bool],
+) -> asyncio.Future[T]:
+    view = _AsyncioView(unfuture, loop, in_worker)
+    if unfuture.done():
+        view.follow()  # here and now: nobody else has it yet
+    else:
+        when_done(unfuture, view.tell)
     return view
 
 
-def concurrent_view(unfuture: Unfuture[T], when_done: WhenDone) -> concurrent.futures.Future[T]:
-    view = _ConcurrentView(unfuture)
-    when_done(unfuture, view.follow)
+def concurrent_view(
+    unfuture: Unfuture[T],
+    when_done: WhenDone,
+    when_told: WhenDone,
+    in_worker: Callable[[], bool],
+    pool_wait: PoolWait,
+) -> concurrent.futures.Future[T]:
+    view = _ConcurrentView(unfuture, in_worker, pool_wait)
+    if unfuture.done():
+        view.follow()  # nobody else has it yet
+    else:
+        when_done(unfuture, view.follow)
+        when_told(unfuture, view.call_back)
     return view

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
+import functools
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, TypeVar, cast, final
 
 from unsync import _common
 from unsync._backend import Unfuture, in_home_thread, when_done
@@ -21,6 +22,7 @@ from unsync._backend import Unfuture, in_home_thread, when_done
 __all__ = ["AmbientContextManager", "start"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Host(Generic[T]):
@@ -33,6 +35,9 @@ class _Host(Generic[T]):
         self.left: Unfuture[BaseException | None] = Unfuture()
         # Somebody cancelled the body's task; belongs to that task until `left` is done.
         self.body_was_cancelled = False
+        # The host was cancelled after the body was left, and before it could know that; belongs to
+        # the host's task.
+        self.cancelled_late = False
         work: Any = self.work()
         work.__qualname__ = _name_of(manager)  # which becomes the task's name
         try:
@@ -70,8 +75,9 @@ class _Host(Generic[T]):
         del value
         if self.body_was_cancelled:
             await _count_as_cancelled()
-        if interruption is not None and _is_no_failure(failure):
-            # The scope that cancelled this task looks for this one.
+        if interruption is not None and (_is_no_failure(failure) or self.cancelled_late):
+            # The scope that cancelled this task looks for this one, or whoever leaves the body was
+            # cancelled. As in asyncio it takes the place of a failure that is just on its way.
             failure = interruption
         try:
             if failure is None:
@@ -95,7 +101,8 @@ class _Host(Generic[T]):
         while True:
             try:
                 return await asyncio.shield(self.left), interruption
-            except asyncio.CancelledError as cancelled:  # noqa: PERF203
+            except asyncio.CancelledError as cancelled:
+                self.cancelled_late = self.left.done()
                 if interruption is None:
                     interruption = cancelled
                     self.interrupt()
@@ -143,7 +150,7 @@ class _HostOfTask(_Host[T]):
         try:
             return await self.ended
         finally:
-            if sys.version_info >= (3, 11) and self.task.uncancel() > self.requests:
+            if self.task.uncancel() > self.requests:
                 # Somebody else cancelled the task as well, and must not be forgotten.
                 raise asyncio.CancelledError
 
@@ -165,11 +172,14 @@ class AmbientContextManager(Generic[T]):
 
     It can be entered again once it has been left, if the manager can.
 
+    As contextlib's own it is a decorator, too: each call of the function, which may be a coroutine
+    function, is then such a block. One that a call of a marked function gave is made anew for each.
+
     :param manager: what to enter.
     :raises TypeError: if `manager` is no async context manager.
     """
 
-    __slots__ = ("__weakref__", "_host", "_lock", "_manager")
+    __slots__ = ("__weakref__", "_host", "_lock", "_make_again", "_manager")
 
     def __init__(self, manager: AbstractAsyncContextManager[T, bool | None]) -> None:
         kind = type(manager)
@@ -179,8 +189,32 @@ class AmbientContextManager(Generic[T]):
                 f"{manager!r}"
             )
         self._manager = manager
+        # For each call of a function that it decorates.
+        self._make_again: Callable[[], AbstractAsyncContextManager[T, bool | None]] | None = None
         self._lock = threading.Lock()  # guards what follows
         self._host: _Host[T] | None = None
+
+    def __call__(self, func: F) -> F:
+        function: Callable[..., Any] = func
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def inside_of_coroutine(*args: Any, **kwargs: Any) -> Any:
+                async with self._another():
+                    return await function(*args, **kwargs)
+
+            return cast("F", inside_of_coroutine)
+
+        @functools.wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self._another():
+                return function(*args, **kwargs)
+
+        return cast("F", inside)
+
+    def _another(self) -> AmbientContextManager[T]:
+        make = self._make_again
+        return AmbientContextManager(self._manager if make is None else make())
 
     def __repr__(self) -> str:
         return f"<AmbientContextManager of {self._manager!r}>"
@@ -221,6 +255,10 @@ class AmbientContextManager(Generic[T]):
         host.left.set_result(exc)
         try:
             return host.ended.result()
+        except asyncio.CancelledError:
+            # If it is this thread's own call that was cancelled, the manager is being left.
+            host.ended._wait(None)
+            raise
         finally:
             del exc, host  # a failure's traceback leads to this frame
 
@@ -231,11 +269,16 @@ class AmbientContextManager(Generic[T]):
         host = self._begin(_HostOfTask)
         try:
             return await host.entered
-        except BaseException:
+        except asyncio.CancelledError:
             self._take()
             host.abort()
             with contextlib.suppress(asyncio.CancelledError):
                 await host.ended
+            raise
+        except BaseException:
+            self._take()
+            host.abort()
+            await host.ended  # who is cancelled in here must hear of it
             raise
 
     async def __aexit__(
@@ -281,10 +324,8 @@ def _name_of(manager: object) -> str:
 
 
 def _requests(task: asyncio.Task[Any] | None) -> int:
-    """How often the task has been asked to cancel, as far as Python can tell."""
-    if sys.version_info < (3, 11) or task is None:
-        return 0
-    return task.cancelling()
+    """How often the task has been asked to cancel."""
+    return 0 if task is None else task.cancelling()
 
 
 async def _count_as_cancelled() -> None:
@@ -313,4 +354,6 @@ def start(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AmbientContextManager[Any]:
     """What a call of a marked function gives."""
-    return AmbientContextManager(function(*args, **kwargs))
+    made: AmbientContextManager[Any] = AmbientContextManager(function(*args, **kwargs))
+    made._make_again = functools.partial(function, *args, **kwargs)
+    return made

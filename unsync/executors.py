@@ -14,15 +14,13 @@ from contextlib import suppress
 from contextvars import copy_context
 from functools import lru_cache, partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from unsync import _common, _travel
 from unsync._backend import Batch, Counter, JobQueue, Unfuture
 from unsync._common import WorkCounts
 from unsync._counts import Book
-
-if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
 
 __all__ = ["Engine", "Given", "ProcessPool", "ThreadExecutor", "submit_to", "way_into"]
 
@@ -38,6 +36,12 @@ Way = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Unfuture[A
 
 def _closed_error() -> RuntimeError:
     return RuntimeError("cannot schedule new futures after shutdown")
+
+
+def _refuse(on_refusal: Callable[[], object] | None) -> RuntimeError:
+    if on_refusal is not None:
+        on_refusal()
+    return _closed_error()
 
 
 # As many as Java's ForkJoinPool allows itself for the same purpose.
@@ -92,9 +96,13 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
             raise ValueError(f"when_full must be 'raise' or 'wait', not {when_full!r}")
         self._prepare = None if initializer is None else partial(initializer, *initargs)
         self._numbers = itertools.count()
-        self._starting = threading.Lock()  # guards _threads, the parent's set of threads
+        # The parent's set of threads. Threads are added, removed and listed in one step each, under
+        # no lock: while one starts, a finalizer may want to start another one.
+        self._threads: set[threading.Thread] = set()
         # The queue outlives the executor in its workers' hands, and must not keep it alive.
         spawn = weakref.WeakMethod(self._spawn)
+        # Called when a job is refused after `shutdown`, before the error is made.
+        self._on_refusal: Callable[[], object] | None = None
         self._jobs = JobQueue(
             self._max_workers,
             lambda: spawn()(),  # type: ignore[misc]
@@ -112,9 +120,7 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
         """The queue in which the jobs wait for a thread."""
         return self._jobs
 
-    def submit(  # type: ignore[override]
-        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Unfuture[T]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Unfuture[T]:
         """Has a thread of the pool call `fn(*args, **kwargs)`.
 
         :raises queue.Full: if there is no room for it: see `max_queued`.
@@ -129,7 +135,7 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
         :param cancel_futures: cancel what has not begun.
         """
         self._shutdown = True
-        self._jobs.close(_closed_error)
+        self._jobs.close(partial(_refuse, self._on_refusal))
         if cancel_futures:
             self._jobs.cancel_all()
         if wait:
@@ -142,20 +148,27 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
         """
         if self.owns_this_thread():
             return False
+        if timeout is not None:
+            timeout = min(timeout, threading.TIMEOUT_MAX)
         until = None if timeout is None else monotonic() + timeout
         if not self._jobs.wait(timeout):
             return False
-        # They have no more work, only their last steps to make.
-        with self._starting:
-            threads = list(self._threads)
+        # They have no more work, only their last steps to make. One whose start was given up has
+        # no part in it, and cannot be waited for.
+        threads = [thread for thread in list(self._threads) if thread.is_alive()]
         for thread in threads:
             thread.join(None if until is None else max(0.0, until - monotonic()))
         return not any(thread.is_alive() for thread in threads)
+
+    def when_refused(self, function: Callable[[], object]) -> None:
+        """Has it called whenever a job is refused because of `shutdown`."""
+        self._on_refusal = function
 
     def owns_this_thread(self) -> bool:
         return threading.current_thread() in self._threads
 
     def _spawn(self) -> None:
+        _common.check_threads()
         name = f"{self._thread_name_prefix}_{next(self._numbers)}"
         thread = threading.Thread(
             target=_work,
@@ -163,24 +176,25 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
             args=(self._jobs, self._prepare, weakref.ref(self)),
             daemon=_common.DAEMONIC,
         )
-        with self._starting:
-            # Before its first job can ask whether it is in one of the pool's threads.
-            self._threads = {*self._threads, thread}
-            try:
-                thread.start()
-            except BaseException:
-                self._threads = self._threads - {thread}
-                raise
+        # Before its first job can ask whether it is in one of the pool's threads.
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except BaseException:
+            # After a Ctrl-C it may run nevertheless; then it lists itself.
+            self._threads.discard(thread)
+            raise
+
+    def _list_this_thread(self) -> None:
+        self._threads.add(threading.current_thread())
 
     def _forget_this_thread(self) -> None:
         """A spare one ends; at the pool's end they are kept, for `join` to wait for."""
-        with self._starting:
-            if not self._shutdown:
-                self._threads = self._threads - {threading.current_thread()}
+        if not self._shutdown:
+            self._threads.discard(threading.current_thread())
 
     def _after_fork(self) -> None:
-        self._starting = threading.Lock()
-        self._threads = set()
+        self._threads = set()  # pyright: ignore[reportIncompatibleVariableOverride]
         self._jobs.after_fork()
 
 
@@ -218,6 +232,10 @@ def _work(
             jobs.fail_all(BrokenThreadPool(reason))
             raise
 
+    executor = pool()
+    if executor is not None:
+        executor._list_this_thread()
+    del executor  # which must not live as long as its threads
     with suppress(BaseException):
         jobs.work(None if prepare is None else prepare_or_break)
     executor = pool()
@@ -235,16 +253,52 @@ def stop_threads(timeout: float) -> None:
         executor.join(max(0.0, until - monotonic()))
 
 
+class _AtFork(NamedTuple):
+    """What the child's hooks need of what other threads may be using, looked up before the fork.
+
+    Without the GIL a dict or a set has a lock, which CPython 3.13 hands to a thread that waits for
+    it. Who forks between that and the thread's next step gives the child a lock that nobody
+    releases: of 150 forks beside six threads in `dict.get`, one child stood still in its own.
+    """
+
+    thread_executors: list[ThreadExecutor]
+    given: list[Given]
+    fork_server: ModuleType | None
+
+
+def _look_around() -> _AtFork:
+    module = sys.modules.get("multiprocessing.forkserver")
+    return _AtFork(list(_thread_executors), list(_given), module)
+
+
+# Set from the beginning of a fork to its end, under the locks that the hooks hold over it.
+_at_fork: _AtFork | None = None
+
+
+def before_fork() -> None:
+    """In the parent, and in the thread that forks."""
+    global _at_fork
+    _at_fork = _look_around()
+
+
+def after_fork_in_parent() -> None:
+    global _at_fork
+    _at_fork = None
+
+
 def after_fork() -> None:
     """In the child: no executor has threads any more, and nothing was done yet."""
-    global _queues, _to_processes, _to_others, _is_past_main
+    global _at_fork, _queues, _to_processes, _to_others, _is_past_main
     _is_past_main = False  # a fork server's child may import the main program yet
     _queues, _to_processes, _to_others = Book(5), Counter(), Counter()
-    for executor in list(_thread_executors):
+    # Without the hook before the fork if that was another's, which imported this module.
+    found, _at_fork = _at_fork or _look_around(), None
+    for executor in found.thread_executors:
         executor._after_fork()
         _queues.open(executor.jobs)
-    for given in list(_given):
+    for given in found.given:
         given.after_fork()
+    _forget_fork_server(found.fork_server)
 
 
 # Any other executor.
@@ -279,6 +333,9 @@ class Given:
     @property
     def executor(self) -> concurrent.futures.Executor:
         """:raises TypeError: if the callable gives something else; what it raises is raised."""
+        there = self._executor
+        if there is not None:
+            return there
         with self._lock:
             if self._executor is None:
                 executor = self._give()
@@ -398,7 +455,8 @@ def _manages_processes(thread: threading.Thread) -> bool:
 _NO_GUARD = 78  # EX_CONFIG
 _ADVICE = (
     "the main program calls functions in processes whenever it is imported, and each process "
-    'imports it: put the start of the program below `if __name__ == "__main__":`'
+    'imports it: put the start of the program below `if __name__ == "__main__":`. unsync\'s own '
+    "process pool needs that everywhere, since it never forks"
 )
 
 # Pools that broke for that reason.
@@ -507,7 +565,7 @@ class ProcessPool:
     """The default process executor: made on first use, and made anew when it is broken.
 
     Which start method it uses is the choice of `multiprocessing.set_start_method`, or Python's; but
-    where Python's is fork and there is no GIL, it is forkserver.
+    where that is fork it is forkserver.
     """
 
     def __init__(self) -> None:
@@ -519,10 +577,15 @@ class ProcessPool:
 
     @property
     def executor(self) -> concurrent.futures.ProcessPoolExecutor:
+        # No call waits for the lock once there is a pool: a signal handler may have struck where it
+        # is held, and wait for a call in another thread.
+        there = self._executor
+        if there is not None:
+            return there
         with self.lock:
             if self._executor is None:
                 try:
-                    executor = concurrent.futures.ProcessPoolExecutor(mp_context=start_method())
+                    executor = _make_process_pool()
                     if self._registered_in != os.getpid():
                         _register_process_exit(self)
                         self._registered_in = os.getpid()
@@ -557,7 +620,8 @@ class ProcessPool:
                 if self._executor is executor:
                     self._executor = None
             executor.shutdown(wait=False)
-            return submit_to(self.executor, function, args, kwargs)
+        # Not while that is handled: else it would be the context of whatever is raised from now on.
+        return submit_to(self.executor, function, args, kwargs)
 
     def stop(self, timeout: float | None) -> bool:
         """Cancels what waits, gives what runs `timeout` seconds, then terminates the processes.
@@ -606,24 +670,70 @@ class ProcessPool:
             children.difference_update((executor._processes or {}).values())
 
 
+def start_method() -> str:
+    """How the processes of the default pool begin, which are never forked from this one.
+
+    A process that is forked beside threads, ours among them, takes over the locks that they hold,
+    those of imports for one, and waits for them for ever. Nobody can tell whether fork was set, or
+    only became Python's choice when somebody asked for it, so a set fork counts as none. In its
+    place comes what Python chooses where it does not choose fork, or will from 3.14 on.
+    """
+    import multiprocessing
+
+    methods = multiprocessing.get_all_start_methods()
+    for method in (_pythons_choice(), methods[0], "forkserver"):
+        if method != "fork" and method in methods:
+            return method
+    return "spawn"
+
+
+def _pythons_choice() -> str:
+    import multiprocessing
+
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return chosen or multiprocessing.get_all_start_methods()[0]
+
+
+def _make_process_pool() -> concurrent.futures.ProcessPoolExecutor:
+    import multiprocessing
+
+    if _pythons_choice() != "fork":
+        return concurrent.futures.ProcessPoolExecutor()
+    return concurrent.futures.ProcessPoolExecutor(
+        mp_context=multiprocessing.get_context(start_method()),
+        initializer=_travel.tell_first_failure,
+        initargs=(_BEGAN_ANEW,),
+    )
+
+
+# What the first failure is told in a process that fork might have given what it lacks.
+_BEGAN_ANEW = (
+    "unsync's own process pool never forks, even where Python does. Each process imports the main "
+    "program and its modules anew: what the program sets when it runs, below its guard "
+    '`if __name__ == "__main__":` for one, is not there. Give it as an argument, or assign an '
+    "executor that forks to unsync.process_executor. (This is said once in each process.)"
+)
+
 # How long the interpreter's exit waits for what still runs, in seconds.
 EXIT_SECONDS = 1.0
 # How long a process may take to end when it is told to.
 _TERMINATE_SECONDS = 0.5
 
 
-def start_method() -> BaseContext | None:
-    """For the default pool; None for what Python would choose.
+def _forget_fork_server(module: ModuleType | None) -> None:
+    """In the child of a fork: the fork server is its parent's, and would take no orders from here.
 
-    Without the GIL other threads hold locks at any time, those of the interpreter among them, and a
-    fork would take them over as they are, for ever. There it is what CPython 3.14 chooses.
+    `multiprocessing` asks after it as its own child, which ends in a `ChildProcessError`.
     """
-    import multiprocessing
-
-    if _common.has_gil() or multiprocessing.get_start_method(allow_none=True) is not None:
-        return None
-    forks = multiprocessing.get_all_start_methods()[0] == "fork"
-    return multiprocessing.get_context("forkserver") if forks else None
+    server: Any = getattr(module, "_forkserver", None)
+    if getattr(server, "_forkserver_pid", None) is None:
+        return
+    with suppress(OSError):
+        # It ends when the last process closes this.
+        os.close(server._forkserver_alive_fd)
+    anew = type(server)()
+    anew._preload_modules = server._preload_modules
+    vars(server).update(vars(anew))
 
 
 def _register_process_exit(pool: ProcessPool) -> None:

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from contextvars import copy_context
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from types import TracebackType
 from typing import Any, TypeVar, cast, final
 
@@ -143,7 +144,7 @@ def make_calls(
     pace = _Pace()
     while part := [*islice(items, chunksize)]:
         chunks.append(_Followed(target, part, pace))
-    pace.left = len(chunks)
+    pace.left.extend(repeat(None, len(chunks)))
     shares: list[list[Unfuture[Any]]] = []
     # What a pool of processes takes out of its line at once: they begin while the rest is made.
     first = target.workers + 1
@@ -397,14 +398,14 @@ class _Chunk(Batch):
 class _Pace:
     """How quickly the chunks of `unsync.calls` come back, and the thread that waits for several."""
 
-    __slots__ = ("gap", "last", "left", "lock", "lull", "wanted")
+    __slots__ = ("gap", "last", "left", "lull", "wanted")
 
     def __init__(self) -> None:
-        # Guards the others. Reentrant: a finalizer or a signal handler may wait for a call, too.
-        self.lock = threading.RLock()
-        # How many are to come.
-        self.left = 0
-        # When the last one came, and how long after the one before it, in seconds.
+        # As many as are to come.
+        self.left: deque[None] = deque()
+        # The others are for guesses, and any thread may write them: the worst that can come of it
+        # is that somebody lingers, or does not. When the last one came, and how long after the one
+        # before it, in seconds.
         self.last = self.gap = math.inf
         # What a thread waits in, and for how many more.
         self.lull: threading.Lock | None = None
@@ -413,37 +414,34 @@ class _Pace:
     def note(self) -> None:
         """One has come, says the thread that brought it."""
         now = time.monotonic()
-        lull = None
-        with self.lock:
-            self.left -= 1
-            self.gap = abs(now - self.last)
-            self.last = now
-            self.wanted -= 1
-            if self.wanted <= 0:
-                lull, self.lull = self.lull, None
-        if lull is not None:
-            lull.release()
+        _common.take(self.left)
+        self.gap = abs(now - self.last)
+        self.last = now
+        self.wanted -= 1
+        lull = self.lull
+        if self.wanted <= 0 and lull is not None:
+            self.lull = None
+            with suppress(RuntimeError):  # another thread has done so
+                lull.release()
 
     def linger(self) -> None:
         """Waits until several have come, or a little while, if they come quickly."""
-        with self.lock:
-            wanted = _together(self.left)
-            quickly = self.gap < _QUICK and time.monotonic() - self.last < _QUICK
-            if self.lull is not None or wanted == 1 or not quickly:
-                return
-            lull = threading.Lock()
-            lull.acquire()
-            self.wanted = wanted
-            self.lull = lull
+        wanted = _together(len(self.left))
+        quickly = self.gap < _QUICK and time.monotonic() - self.last < _QUICK
+        if self.lull is not None or wanted == 1 or not quickly:
+            return
+        lull = threading.Lock()
+        lull.acquire()
+        self.wanted = wanted
+        self.lull = lull
         have_come = False
         try:
             have_come = lull.acquire(timeout=_LINGER)
         finally:
             if not have_come:
-                with self.lock:
-                    self.gap = math.inf
-                    if self.lull is lull:
-                        self.lull = None
+                self.gap = math.inf
+                if self.lull is lull:
+                    self.lull = None
 
 
 @final
@@ -465,12 +463,8 @@ class _Followed(_Chunk):
 
     def __call__(self) -> None:
         for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
-            try:
-                if not call.set_running_or_notify_cancel():
-                    continue
-            except RuntimeError:
-                continue  # somebody has set its outcome
-            call._complete(*self.make(args))
+            if call._begin():  # else it was cancelled, or somebody has set its outcome
+                call._complete(*self.make(args))
 
     def drop(self) -> None:
         super().drop()
@@ -495,7 +489,7 @@ class _Followed(_Chunk):
     def give_up(self, failure: BaseException, cancelled: bool) -> None:
         for call in self.let_go():
             if cancelled:
-                call.cancel()
+                call._complete(_common.CANCELLED, None)
             else:
                 call._complete(_common.FAILED, failure)
 
@@ -524,7 +518,7 @@ def _make_each(
             if type(outcomes[-1]) not in _PLAIN:
                 plain = False
                 outcomes.append(_pack(name, outcomes.pop()))
-        except BaseException as exc:  # noqa: PERF203  # entered once for each failure
+        except BaseException as exc:  # entered once for each failure
             plain = False
             outcomes.append(_pack_failure(name, exc))
     return plain, outcomes
@@ -694,9 +688,9 @@ class _Outlet(_Channel[T]):
         # by the lock.
         self.parts: OrderedDict[_Part, None] = OrderedDict()
         self.ahead = 0
-        # How many have come back since a consumer began to wait, and with how many it is woken:
+        # As many as have come back since a consumer began to wait, and with how many it is woken:
         # more than one only while nobody else waits.
-        self.came = 0
+        self.came: deque[None] = deque()
         self.wanted = 1
         # Whether the next consumer lingers. Not guarded: it is a guess.
         self.lingers = False
@@ -710,8 +704,12 @@ class _Outlet(_Channel[T]):
         """Under the lock: takes the next one out of the parts that is done."""
         raise NotImplementedError
 
-    def note(self, part: _Part) -> bool:
-        """Under the lock: it is done; whether there is something to take."""
+    def note(self, part: _Part) -> None:
+        """It is done, says the thread that finished it."""
+        raise NotImplementedError
+
+    def has_news(self) -> bool:
+        """Whether `next_done()` may give one; in any thread."""
         raise NotImplementedError
 
     def is_hungry(self) -> bool:
@@ -744,7 +742,7 @@ class _Outlet(_Channel[T]):
         finally:
             with self.lock:
                 self.feeding = False
-            self.tell()
+            self.wake_all()
 
     def feed_chunk(self, source: Iterator[Any]) -> bool:
         """Whether it makes sense to go on."""
@@ -783,20 +781,14 @@ class _Outlet(_Channel[T]):
         return go_on
 
     def arrive(self, part: _Part) -> None:
-        """It is done, says the thread that finished it."""
-        with self.lock:
-            self.came += 1
-            is_time = self.note(part) and self.came >= self.wanted
-            waiters = self.take_waiters() if is_time and self.waiters else ()
-        for waiter in waiters:
-            self.wake(waiter)
+        """It is done, says the thread that finished it.
 
-    def tell(self) -> None:
-        """Has all consumers that wait look again."""
-        with self.lock:
-            waiters = self.take_waiters()
-        for waiter in waiters:
-            self.wake(waiter)
+        A consumer that begins to wait looks again, then, whether there is something.
+        """
+        self.note(part)
+        self.came.append(None)
+        if self.waiters and len(self.came) >= self.wanted and self.has_news():
+            self.wake_all()
 
     def has_more(self) -> bool:
         while isinstance(found := self.refill(self.lingers), Unfuture):
@@ -805,8 +797,8 @@ class _Outlet(_Channel[T]):
             began = time.monotonic()
             try:
                 self.wait_for(found, timeout)
-            except _common.TimedOutError:
-                self.lingers = self.came > 1
+            except TimeoutError:
+                self.lingers = len(self.came) > 1
             else:
                 if timeout is None:
                     is_quick = time.monotonic() - began < _QUICK
@@ -825,7 +817,7 @@ class _Outlet(_Channel[T]):
                     if not self.is_hungry():
                         if self.taken:
                             return True
-                        self.came = 0
+                        self.came.clear()
                         self.wanted = 1
                         if lingers and not self.waiters:
                             self.wanted = _together(len(self.parts))
@@ -870,21 +862,28 @@ class _Outlet(_Channel[T]):
 
 @final
 class _InOrder(_Outlet[T]):
-    def first(self) -> _Part | None:
-        return next(iter(self.parts), None)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # The first of the parts, for those who may not look there.
+        self.head: _Part | None = None
 
-    def first_done(self) -> _Part | None:
-        first = self.first()
-        return first if first is not None and first.is_done() else None
+    def first(self) -> _Part | None:
+        self.head = next(iter(self.parts), None)
+        return self.head
 
     def next_done(self) -> _Part | None:
-        first = self.first_done()
-        if first is not None:
-            del self.parts[first]
+        first = self.first()
+        if first is None or not first.is_done():
+            return None
+        del self.parts[first]
         return first
 
-    def note(self, part: _Part) -> bool:
-        return self.first_done() is not None
+    def note(self, part: _Part) -> None:
+        pass
+
+    def has_news(self) -> bool:
+        head = self.head
+        return head is not None and head.is_done()
 
     def wait(self) -> Unfuture[None] | bool:
         found = super().wait()
@@ -901,18 +900,20 @@ class _AsCompleted(_Outlet[T]):
         super().__init__(*args)
         self.completed: deque[_Part] = deque()
 
-    def note(self, part: _Part) -> bool:
-        is_wanted = part in self.parts
-        if is_wanted:
+    def note(self, part: _Part) -> None:
+        if part in self.parts:
             self.completed.append(part)
-        return is_wanted
+
+    def has_news(self) -> bool:
+        return bool(self.completed)
 
     def next_done(self) -> _Part | None:
-        if not self.completed:
-            return None
-        part = self.completed.popleft()
-        del self.parts[part]
-        return part
+        while self.completed:
+            part = self.completed.popleft()
+            if part in self.parts:  # else it was forgotten as it came
+                del self.parts[part]
+                return part
+        return None
 
     def forget(self) -> list[_Part]:
         self.completed.clear()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import suppress
 from contextvars import copy_context
+from itertools import repeat, starmap
 from types import TracebackType
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast, final
 
@@ -33,26 +35,33 @@ class _Channel(Generic[T]):
     """
 
     def __init__(self, read_ahead: int) -> None:
-        # Guards what follows. Reentrant, since the garbage collector may run while it is held, and
-        # close a stream that nobody refers to any more.
+        # Of the consumers: they look for more one after the other. No producer takes it, nor who
+        # finishes a call: so they go on, and whoever waits for them does, if a signal handler
+        # interrupts a consumer. They show first what they have done, and then look who waits; a
+        # consumer enlists first, and then looks again whether there is something. Reentrant, since
+        # the garbage collector may run while it is held, and close a stream that nobody refers to.
         self.lock = threading.RLock()
-        # What was made moves to what is taken when there is nothing left in that, all at once: so a
-        # value costs the lock once, not twice. `taken` may be popped without it.
+        # What was made moves to what is taken when there is nothing left in that, all at once: so
+        # it costs the lock once for many values. `taken` may be popped without it.
         self.made: deque[T] = deque()
         self.taken: deque[T] = deque()
         self.room = (read_ahead + 1) // 2
         # Consumers that wait until there is something.
         self.waiters: deque[Unfuture[None]] = deque()
-        # Nobody runs the generator until resume() is called, by whoever clears this.
+        # Nobody runs the generator until resume() is called. The producer clears it when it goes
+        # on: a Ctrl-C may keep whoever saw it from calling.
         self.resting = False
         self.closing = False
+        self.told_to_close = False  # whether the producer knows by now, or will see
+        # Taken by who says that it has ended.
+        self.to_end: deque[None] = deque([None])
         # How the generator ended; its failure is told to one consumer, in its turn.
         self.ended: Unfuture[None] = Unfuture()
         # How the closing of a generator that was left early ended.
         self.closed: Unfuture[None] = Unfuture()
 
     def resume(self) -> None:
-        """Has the generator run on, or closed if that is asked for."""
+        """Has the generator run on, or closed if that is asked for; twice does no harm."""
         raise NotImplementedError
 
     def interrupt(self) -> None:
@@ -62,44 +71,37 @@ class _Channel(Generic[T]):
 
     def put(self, value: T) -> bool:
         """Leaves a value; whether there is room for another one, and somebody who wants it."""
-        waiter = None
-        with self.lock:
-            if self.closing:
-                return False
-            self.made.append(value)
-            go_on = len(self.made) < self.room
-            if self.waiters:
-                waiter = self.waiters.popleft()
-        self.wake(waiter)
-        return go_on
+        self.made.append(value)
+        if self.closing:
+            self.made.clear()  # if it was closed before it came
+            return False
+        if self.waiters:
+            self.wake(self.next_waiter())
+        return len(self.made) < self.room
 
     def rest(self) -> bool:
-        """Whether the producer is to stop until resume() is called."""
-        with self.lock:
-            self.resting = not self.closing and len(self.made) >= self.room
-            return self.resting
+        """Whether the producer is to stop until resume() is called.
+
+        A consumer that takes what was made looks afterwards whether it rests, and one that closes.
+        """
+        self.resting = True
+        if self.closing or len(self.made) < self.room:
+            self.resting = False
+        return self.resting
 
     def finish(self, failure: BaseException | None) -> None:
         """The generator has ended, or nobody is left to run it."""
-        with self.lock:
-            if self.ended.done():
-                return
-            if self.closing:
-                if isinstance(failure, asyncio.CancelledError):
-                    failure = None  # that is how it was interrupted
-                outcome, other = self.closed, self.ended
-            else:
-                outcome, other = self.ended, self.closed
-            if failure is None:
-                outcome.set_result(None)
-            elif isinstance(failure, asyncio.CancelledError):
-                outcome.cancel(*failure.args[:1])
-            else:
-                outcome.set_exception(failure)
-            other.set_result(None)
-            waiters = self.take_waiters()
-        for waiter in waiters:
-            _wake(waiter)
+        if not _common.take(self.to_end):
+            return
+        closing = self.closing
+        if closing and isinstance(failure, asyncio.CancelledError):
+            failure = None  # that is how it was interrupted
+        # Nobody waits for this one: it only keeps the failure, and reports it if need be.
+        _settle(self.ended, None if closing else failure)
+        if self.closing and not closing:
+            self.ended = Unfuture.from_value(None)  # as `close` does, which may have missed it
+        _settle(self.closed, failure if closing else None)
+        self.wake_all()
 
     def is_over(self, producer: Unfuture[None]) -> None:
         """The last to hear of a producer: one that never ran cannot have said that it ended."""
@@ -115,19 +117,26 @@ class _Channel(Generic[T]):
 
         :raises BaseException: what the generator raised, once.
         """
-        resume = False
         with self.lock:
-            found = bool(self.taken)
+            if self.taken:
+                return True
+            # Not into the old one: somebody may be about to look into it.
+            moved: deque[T] = deque()
+            with suppress(IndexError):
+                moved.extend(starmap(self.made.popleft, repeat((), len(self.made))))
+            found: Unfuture[None] | bool = bool(moved)  # before others can see it, and take it
+            self.taken = moved
             if not found:
-                found = bool(self.made)  # asked before others can see it, and take it
-                # Not the old one again: somebody may be about to look into it.
-                self.taken, self.made = self.made, deque()
-                resume, self.resting = self.resting, False
-            if not found:
-                return self.wait()
+                found = self.wait()
+            resume = self.resting
         if resume:
-            self.resume()
-        return True
+            try:
+                self.resume()
+            except BaseException:
+                if isinstance(found, Unfuture):
+                    self.leave(found)
+                raise
+        return found
 
     def has_more(self) -> bool:
         """In a thread: waits until that is known; others may take it first.
@@ -151,7 +160,12 @@ class _Channel(Generic[T]):
         if not self.ended.done():
             waiter: Unfuture[None] = Unfuture()
             self.waiters.append(waiter)
+            if self.ended.done() or self.has_news():
+                # It came in between, and who brought it may have seen nobody.
+                return True if _common.take_out(self.waiters, waiter) else waiter
             return waiter
+        if self.has_news():
+            return True  # from before the end
         # Told once; and the failure's traceback is going to refer to this channel.
         ended, self.ended = self.ended, Unfuture.from_value(None)
         try:
@@ -160,42 +174,51 @@ class _Channel(Generic[T]):
             del ended
         return False
 
+    def has_news(self) -> bool:
+        """Under the lock: whether there is something that was not taken yet."""
+        return bool(self.made)
+
     def wake(self, waiter: Unfuture[None] | None) -> None:
         """Wakes that consumer, or the next one if it has stopped waiting."""
         while waiter is not None and not _wake(waiter):
             waiter = self.next_waiter()
 
-    def take_waiters(self) -> Iterable[Unfuture[None]]:
-        """Under the lock: these wait no longer."""
-        waiters, self.waiters = self.waiters, deque()
-        return waiters
+    def wake_all(self) -> None:
+        """Has all consumers that wait look again."""
+        while (waiter := self.next_waiter()) is not None:
+            _wake(waiter)
 
     def next_waiter(self) -> Unfuture[None] | None:
-        with self.lock:
-            return self.waiters.popleft() if self.waiters else None
+        """Who takes it out wakes it."""
+        try:
+            return self.waiters.popleft()
+        except IndexError:
+            return None
 
     def leave(self, waiter: Unfuture[None]) -> None:
         """That consumer stops waiting: if it was woken meanwhile, another one must be."""
-        with self.lock:
-            if waiter in self.waiters:
-                self.waiters.remove(waiter)
-                return
-        if not waiter.cancelled():
+        if not _common.take_out(self.waiters, waiter) and not waiter.cancelled():
             self.wake(self.next_waiter())
 
     def close(self) -> Unfuture[None]:
         """Has the generator closed where it runs; done when that is done."""
         with self.lock:
+            self.closing = True
             self.made.clear()
             self.taken.clear()
-            if self.closing or self.ended.done():
+            if self.ended.done():
+                # What it failed with was to be told after values that nobody wants any more.
+                self.ended = Unfuture.from_value(None)
                 return self.closed
-            self.closing = True
-            resume, self.resting = self.resting, False
+            if self.told_to_close:
+                return self.closed
+            resume = self.resting
         if resume:
             self.resume()
         else:
             self.interrupt()
+        # Only here: a Ctrl-C may strike before, and the next one who closes must tell it.
+        self.told_to_close = True
         return self.closed
 
 
@@ -219,8 +242,20 @@ class _InThreads(_Channel[T]):
         self.launch = launch
         # One for all jobs, so that a variable that the generator sets stays set.
         self.context = copy_context()
+        # How often it came to rest, written by the job that does; and for which of these rests a
+        # job was sent.
+        self.rests = 0
+        self.sent = -1
+        # A job takes it when it begins, and puts it back for the next one: where a Ctrl-C left it
+        # open whether there is a job, another is sent, and one of the two works.
+        self.turn: deque[None] = deque([None])
         self.all.add(self)
-        self.resume()
+        self.resting = True
+        try:
+            self.resume()
+        except BaseException:
+            self.close()
+            raise
 
     def __reduce__(self) -> NoReturn:
         # Nobody asks a callable for its executor before the first call.
@@ -235,17 +270,30 @@ class _InThreads(_Channel[T]):
         super().finish(failure)
 
     def resume(self) -> None:
+        rests = self.rests
+        if self.sent == rests:
+            return  # it is on its way
         try:
             job = self.launch(self)
-        except BaseException as exc:
+            self.sent = rests
+        except Exception as exc:
             self.finish(exc)  # the executor takes no work
         else:
             when_done(job, self.is_over)
 
     def work(self) -> None:
-        while self.context.run(self.fill):
+        while self.takes_its_turn() and self.context.run(self.fill):
+            # The next job may be sent, and begin, before this one has ended.
+            self.rests += 1
+            self.turn.append(None)
             if self.rest():
                 return
+
+    def takes_its_turn(self) -> bool:
+        taken = _common.take(self.turn)
+        if taken:
+            self.resting = False
+        return taken
 
     def fill(self) -> bool:
         """Whether the generator has not come to its end."""
@@ -282,11 +330,20 @@ class _InAmbientLoop(_Channel[T]):
         try:
             try:
                 async for value in self.generator:
-                    if not self.put(value):
-                        await self.wait_for_room()
-                        if self.closing:
+                    while not self.put(value):
+                        cancelled = await self.wait_for_room()
+                        if cancelled is None or self.closing:
                             break
+                        # It reaches the body at its `yield`, as one that comes while the body is at
+                        # work reaches it at its `await`: a timeout there must strike, however slow
+                        # the consumer is.
+                        value = await self.generator.athrow(cancelled)
+                    if self.closing:
+                        break
+            except StopAsyncIteration:
+                pass  # that is how the body ended when it was told
             finally:
+                cancelled = None  # whose traceback leads to this frame
                 self.ending = True
                 await self.generator.aclose()
         except BaseException as exc:
@@ -294,10 +351,20 @@ class _InAmbientLoop(_Channel[T]):
         else:
             self.finish(None)
 
-    async def wait_for_room(self) -> None:
+    async def wait_for_room(self) -> asyncio.CancelledError | None:
+        """Rests until there is room; returns what the task was cancelled by, if it was."""
         self.wakeup = Unfuture()
-        if self.rest():
+        if not self.rest():
+            return None
+        try:
             await self.wakeup
+        except asyncio.CancelledError as cancelled:
+            return cancelled
+        finally:
+            # Nobody has cleared it if this task was cancelled, or woken by one who was late and
+            # meant an earlier rest.
+            self.resting = False
+        return None
 
     def resume(self) -> None:
         assert self.wakeup is not None
@@ -318,6 +385,23 @@ def _wake(waiter: Unfuture[None]) -> bool:
     except asyncio.InvalidStateError:
         return False
     return True
+
+
+def _settle(outcome: Unfuture[None], failure: BaseException | None) -> None:
+    """Gives it its outcome, unless who waited for it was cancelled, and it with them."""
+    try:
+        if failure is None:
+            outcome.set_result(None)
+        elif isinstance(failure, asyncio.CancelledError):
+            outcome.cancel(*failure.args[:1])
+        else:
+            outcome.set_exception(failure)
+    except asyncio.InvalidStateError:
+        if failure is not None:
+            _common.logger.error(
+                "a stream failed while it was closed, and nobody waits for that any more",
+                exc_info=failure,
+            )
 
 
 @final
@@ -400,7 +484,9 @@ class Stream(Generic[T]):
         :raises BaseException: what the generator raises while it is closed.
         :raises InvalidStateError: in `unsync.thread`, which must use `aclose()`.
         """
-        self._channel.close().result()
+        closed = self._channel.close()
+        closed._wait(None, cancels=False)
+        closed.result()
 
     async def aclose(self) -> None:
         """`close()` in any loop."""

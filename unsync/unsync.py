@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 import threading
 import types
 import warnings
@@ -65,9 +66,14 @@ class _Threads:
 
     @property
     def executor(self) -> concurrent.futures.Executor:
+        there = self._executor
+        if there is not None and not self._was_shut_down():
+            return _executor_of(there)
         with self.lock:
-            if self._executor is None:
-                self._use(executors.ThreadExecutor(thread_name_prefix="unsync-worker"))
+            if self._executor is None or self._was_shut_down():
+                made = executors.ThreadExecutor(thread_name_prefix="unsync-worker")
+                made.when_refused(self._replace)
+                self._use(made)
                 self._is_ours = True
             assert self._executor is not None
             engine = self._executor
@@ -81,6 +87,16 @@ class _Threads:
             else:
                 self._use(_engine("unsync.thread_executor", engine))
                 self._is_ours = False
+
+    def _was_shut_down(self) -> bool:
+        """Whether the default executor was, by whoever used it: `with`, say."""
+        return self._is_ours and not _common.exiting and getattr(self._executor, "_shutdown", False)
+
+    def _replace(self) -> None:
+        """A call was refused, and finds another executor if it was refused for that reason."""
+        with self.lock:
+            if self._was_shut_down():
+                self._forget()
 
     def _forget(self) -> None:
         self._executor = None
@@ -164,6 +180,10 @@ _ending = threading.RLock()
 
 
 def _shutdown(timeout: float | None) -> bool:
+    if timeout is not None:
+        _common.check_timeout(timeout)
+        if timeout > threading.TIMEOUT_MAX:
+            timeout = None  # as in math.inf
     until = None if timeout is None else monotonic() + timeout
 
     def left() -> float | None:
@@ -229,9 +249,11 @@ def _before_fork() -> None:
     _ambient.lock.acquire()
     _processes.pool.lock.acquire()
     _threads.lock.acquire()
+    executors.before_fork()
 
 
 def _after_fork_in_parent() -> None:
+    executors.after_fork_in_parent()
     _threads.lock.release()
     _processes.pool.lock.release()
     _ambient.lock.release()
@@ -261,7 +283,24 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Settings(type):
-    """What is set on the class `unsync` itself, for all functions it marks."""
+    """What is set on the class `unsync` itself, for all functions it marks.
+
+    Deleting a setting brings its default back, so that tests can patch it. One that nobody knows is
+    an AttributeError.
+    """
+
+    def __dir__(cls) -> list[str]:
+        return sorted({*super().__dir__(), *(name for name in vars(_Settings) if name[0] != "_")})
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        # Not by hasattr(), which would start what a setting stands for.
+        if cls.__module__ == __name__ and not name.startswith("_") and name not in dir(cls):
+            import difflib
+
+            (near,) = difflib.get_close_matches(name, dir(cls), 1) or [""]
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise AttributeError(f"unsync has no setting {name!r}{hint}")
+        super().__setattr__(name, value)
 
     @property
     def loop(cls) -> asyncio.AbstractEventLoop:
@@ -288,6 +327,10 @@ class _Settings(type):
     def loop_factory(cls, factory: LoopFactory | None) -> None:
         _ambient.loop_factory = factory
 
+    @loop_factory.deleter
+    def loop_factory(cls) -> None:
+        _ambient.loop_factory = None
+
     @property
     def thread_executor(cls) -> concurrent.futures.Executor:
         """Runs the regular functions: a `ThreadPoolExecutor` made on first use, or any `Executor`.
@@ -304,6 +347,10 @@ class _Settings(type):
     def thread_executor(cls, executor: Engine | None) -> None:
         _threads.executor = executor
 
+    @thread_executor.deleter
+    def thread_executor(cls) -> None:
+        _threads.executor = None
+
     @property
     def process_executor(cls) -> concurrent.futures.Executor:
         """Runs the `cpu_bound` functions: a `ProcessPoolExecutor` made on first use, or any other.
@@ -319,6 +366,10 @@ class _Settings(type):
     @process_executor.setter
     def process_executor(cls, executor: Engine | None) -> None:
         _processes.executor = executor
+
+    @process_executor.deleter
+    def process_executor(cls) -> None:
+        _processes.executor = None
 
     def stats(cls) -> package._stats.Stats:
         """What was done and what is pending: counts that only grow, and depths of queues.
@@ -444,6 +495,12 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         function, binding = _unbind(func)
         if not callable(function):
             raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
+        if isinstance(function, type) and function.__flags__ & _PY_TPFLAGS_HEAPTYPE:
+            raise TypeError(
+                f"unsync() cannot mark the class {_name_of(function)}: making one would go to "
+                "another thread, and its methods stay as they are; mark those, or a function that "
+                "makes one"
+            )
         engine = None if executor is None else _engine("the option 'executor'", executor)
         elsewhere = "cpu_bound=True" if cpu_bound else "executor=" if executor is not None else ""
         if read_ahead is not None:
@@ -501,8 +558,8 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         return f"<unsync {self.__wrapped__!r}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """It pickles as functions do: by name."""
-        if "_came_by_value" in self.__dict__:
+        """It pickles as functions do: by name, or as cloudpickle has it."""
+        if "_came_by_value" in self.__dict__ or _is_for_cloudpickle(sys._getframe(1)):
             return _reduce_by_value(self)
         name = getattr(self, "__qualname__", None)
         if not isinstance(name, str):
@@ -510,6 +567,15 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
 
             raise pickle.PicklingError(f"cannot pickle {self!r}: it has no name to be found by")
         return name
+
+
+def _is_for_cloudpickle(caller: types.FrameType) -> bool:
+    """Whether cloudpickle asks, or a copy of it: joblib, loky and Ray have their own.
+
+    It packs by value what cannot be imported, but knows functions and classes alone; of others it
+    takes what `__reduce__` says, and does not say who it is.
+    """
+    return "cloudpickle" in str(caller.f_globals.get("__name__"))
 
 
 def _reduce_by_value(marked: _Marked[..., Any]) -> str | tuple[Any, ...]:
@@ -542,6 +608,10 @@ def _mark_again(
 
 _travel.reducers[_Marked] = _reduce_by_value
 
+
+# Set for what a class statement makes, and not for int, str and the like, which are as good as
+# functions.
+_PY_TPFLAGS_HEAPTYPE = 1 << 9
 
 # From Python 3.14 on a partial may leave arguments open before those that it knows. That one is
 # refused: its arguments do not simply come first.
@@ -593,6 +663,9 @@ def _workers_of(route: Route | None) -> int:
     """How many calls run at a time there, as far as one can know."""
     submit: Any = getattr(route, "submit", None)
     executor = submit.args[0] if isinstance(submit, functools.partial) else None
+    given = getattr(submit, "__self__", None)
+    if isinstance(given, executors.Given):
+        executor = given.executor
     workers = getattr(executor, "_max_workers", None)
     return workers if isinstance(workers, int) and workers > 0 else os.cpu_count() or 1
 

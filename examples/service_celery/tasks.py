@@ -25,6 +25,7 @@ from redis import asyncio as redis
 from unsync import unsync
 
 PATIENCE = 30.0  # seconds for the calls of one task
+BEGINNING = 3.0  # seconds to connect in a new process, to which Celery gives four to come up
 KEPT = 3600  # seconds that the counts of a process stay that was killed
 
 app = Celery("tasks", broker=os.environ["REDIS_URL"], backend=os.environ["REDIS_URL"])
@@ -76,7 +77,7 @@ async def disconnect() -> None:
 @signals.worker_process_init.connect
 def begin(**_: object) -> None:
     """In each process of the prefork pool, after the fork. Elsewhere the first task connects."""
-    check().result(3)
+    check().result(BEGINNING)
 
 
 @signals.worker_process_shutdown.connect

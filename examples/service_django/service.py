@@ -33,7 +33,8 @@ from redis import asyncio as redis
 from unsync import unsync
 from unsync.executors import ThreadExecutor
 
-PATIENCE = 5.0  # seconds for what should take milliseconds
+# In seconds, for what should take milliseconds.
+PATIENCE = float(os.environ.get("PATIENCE", "5"))
 CONNECTIONS = 16  # for all threads of a process together
 
 _postgres = urlsplit(os.environ["POSTGRES_URL"])
@@ -50,7 +51,9 @@ settings.configure(
             "PASSWORD": _postgres.password or "",
             "NAME": _postgres.path[1:],
             "CONN_HEALTH_CHECKS": True,
-            "OPTIONS": {"pool": {"min_size": 1, "max_size": CONNECTIONS, "timeout": 2.0}},
+            "OPTIONS": {
+                "pool": {"min_size": 1, "max_size": CONNECTIONS, "timeout": 0.4 * PATIENCE}
+            },
         }
     },
 )

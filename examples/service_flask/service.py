@@ -21,7 +21,8 @@ from redis import asyncio as redis
 from unsync import unsync
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS items (id integer PRIMARY KEY, name text NOT NULL)"
-PATIENCE = 5.0  # seconds for what should take milliseconds
+# In seconds, for what should take milliseconds.
+PATIENCE = float(os.environ.get("PATIENCE", "5"))
 
 app = Flask(__name__)
 
