@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SOURCES := pyproject.toml setup.py unsync/_core.pyx
 
-.PHONY: help demo test test-compiled test-pure test-upstream test-cython lint docs wheels
+.PHONY: help demo test test-core test-cython environment lint docs wheels
 .PHONY: cibuildwheel bench bench-service bench-micro bench-against bench-import clean
 
 help:
 	@echo "make demo    set up and run the census of the standard library"
 	@echo "make test    set up and run all tests, on the compiled core and on the fallback"
+	@echo "make test-core   the tests of the two cores alone, in about a minute"
 	@echo "make lint    ruff, cython-lint, mypy, basedpyright; the workflows too"
 	@echo "make docs    build the documentation site into build/docs"
 	@echo "make wheels  build, check and test the wheels for the interpreters at hand"
@@ -28,6 +29,9 @@ $(VENV)/.unsync: $(VENV)/.pip $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+# What `make test`, `make lint` and `make docs` need, so that they can run side by side.
+environment: $(addprefix $(VENV)/.,unsync test services lint docs)
+
 GROUPS := test services lint docs wheels cibuildwheel bench
 $(GROUPS:%=$(VENV)/.%): $(VENV)/.%: $(VENV)/.pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --group $*
@@ -36,18 +40,13 @@ $(GROUPS:%=$(VENV)/.%): $(VENV)/.%: $(VENV)/.pip pyproject.toml
 demo: $(VENV)/.unsync
 	$(BIN)/python examples/census.py
 
-test: test-compiled test-pure test-upstream
+# All of the suite on both cores, side by side, and upstream's own; .ci/tiers.py says what runs where.
+test: $(VENV)/.unsync $(VENV)/.test $(VENV)/.services
+	$(BIN)/python .ci/tiers.py test
 
-test-compiled: $(VENV)/.unsync $(VENV)/.test $(VENV)/.services
-	UNSYNC_NO_EXTENSIONS= UNSYNC_TEST_CORE=compiled $(BIN)/pytest
-
-test-pure: $(VENV)/.unsync $(VENV)/.test $(VENV)/.services
-	UNSYNC_NO_EXTENSIONS=1 UNSYNC_TEST_CORE=pure $(BIN)/pytest
-
-# The suite of upstream's last release of the seed, unchanged, against both cores.
-test-upstream: $(VENV)/.unsync $(VENV)/.test
-	UNSYNC_NO_EXTENSIONS= $(BIN)/python tests/upstream.py
-	UNSYNC_NO_EXTENSIONS=1 $(BIN)/python tests/upstream.py
+# The two cores alone, for every save.
+test-core: $(VENV)/.unsync $(VENV)/.test
+	$(BIN)/python .ci/tiers.py test-core
 
 # Built with a given Cython, say CYTHON="cython==3.1.0", and tested as it is installed.
 test-cython:
@@ -57,16 +56,22 @@ test-cython:
 	.venv-cython/bin/python -m pip install --quiet --no-build-isolation --no-deps .
 	UNSYNC_TEST_CORE=compiled UNSYNC_TEST_INSTALLED=1 .venv-cython/bin/pytest
 
+# What users see is checked for the oldest Python, which pyproject.toml names, and for the newest.
+NEWEST := 3.15
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint unsync
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version $(NEWEST) unsync tests/support/check_types.py
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --pythonversion $(NEWEST) unsync tests/support/check_types.py
 	$(BIN)/actionlint
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
-# Into dist/. WHEELS="--pythons 3.12" limits it; python .ci/wheels.py --help tells what else there is.
+# Into dist/, and tests what pip makes of it. WHEELS="build 3.12" limits it;
+# .ci/wheels.py says what else there is.
+WHEELS ?= all
 wheels: $(VENV)/.wheels
 	$(BIN)/python .ci/wheels.py $(WHEELS)
 
@@ -74,9 +79,12 @@ wheels: $(VENV)/.wheels
 cibuildwheel: $(VENV)/.cibuildwheel
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/cibuildwheel
 
-# From scratch each time, so that a warning is not missed for a page that is built already.
+# From scratch each time, so that a warning is not missed for a page that is built already. And the
+# pages show the figures that were measured.
 docs: $(VENV)/.unsync $(VENV)/.docs
 	$(BIN)/sphinx-build -W -n --keep-going -q -E -d build/doctrees docs build/docs
+	$(BIN)/python bench/report.py --check
+	PYTHONPATH=bench $(BIN)/python -m service.tables --check
 	@echo "build/docs/index.html"
 
 # Every way to do the work, side by side, each in an environment of its own; then the pages.
@@ -109,6 +117,12 @@ bench-against: $(VENV)/.test $(VENV)/.bench
 
 bench-import: $(VENV)/.unsync
 	$(BIN)/python bench/import_time.py
+
+# What each row of the package takes, counted, beside what it took at another commit: BASE=main.
+# It fails if a row takes over 3 % more instructions, or more system calls.
+.PHONY: bench-instructions
+bench-instructions: $(VENV)/.unsync $(VENV)/.test
+	$(BIN)/python bench/instructions.py --against $(BASE)
 
 # Files, Redis, processes and PostgreSQL, with something killed on the way: a line of JSON for a run.
 .PHONY: bench-pipeline

@@ -1,10 +1,14 @@
 """Builds the wheels for the interpreters at hand, checks them, and tests what pip installs.
 
-    python .ci/wheels.py [--pythons 3.10 3.13t pypy3.11] [--no-tests | --tests tests/test_then.py]
+    python .ci/wheels.py all                      all of this, for every interpreter
+    python .ci/wheels.py build 3.12 3.13t         the wheels alone, twice, with equal hashes
+    python .ci/wheels.py install 3.12             into an environment, and a smoke test
+    python .ci/wheels.py test 3.12 --core pure -- tests/core -n 2
+    python .ci/wheels.py python 3.12 -- program.py
 
-The source distribution first; from it a wheel for each CPython, and the pure one. All of it twice,
-since the same source must give the same bytes. What users would get lies in `dist/` afterwards, and
-is installed by name into a clean environment of each interpreter, so that pip itself chooses.
+The source distribution comes first; from it a wheel for each CPython, and the pure one. What users
+would get lies in `dist/` afterwards, and is installed by name into an environment of each
+interpreter, in `build/environments/`, so that pip itself chooses.
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
+ENVIRONMENTS = ROOT / "build" / "environments"
 # Where there is no git to ask: the first moment that a zip file can hold.
 NO_GIT_EPOCH = "315532800"
+CORES = {"compiled": {"UNSYNC_NO_EXTENSIONS": ""}, "pure": {"UNSYNC_NO_EXTENSIONS": "1"}}
 # hypothesis is in Rust since then, and has no wheels for these.
 CONSTRAINTS = {name: ["hypothesis<6.130"] for name in ("3.13t", "pypy3.11")}
 # The versions that have wheels of everything that the tests know how to use.
-WITH_COMPANIONS = {"3.10", "3.11", "3.12", "3.13"}
+WITH_COMPANIONS = {"3.11", "3.12", "3.13"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def interpreters() -> list[Interpreter]:
         done = subprocess.run([path, "-c", ask], capture_output=True, text=True)
         if done.returncode == 0:
             version, name, cpython = json.loads(done.stdout)
-            if version >= [3, 10]:
+            if version >= [3, 11]:
                 found.setdefault(name, (version, Interpreter(name, path, cpython)))
     return [
         each
@@ -86,12 +92,15 @@ def tool(name: str) -> Path:
     return Path(sys.executable).parent / name
 
 
+def python_in(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
 def environment(interpreter: Interpreter, folder: Path) -> Path:
     """The Python of a new virtual environment."""
     run(interpreter.path, "-m", "venv", folder)
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    run(python, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
-    return python
+    run(python_in(folder), "-m", "pip", "install", "--quiet", "--upgrade", "pip")
+    return python_in(folder)
 
 
 def epoch() -> str:
@@ -166,86 +175,124 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def install_and_test(
-    interpreter: Interpreter, work: Path, tests: list[str], compiled: bool
-) -> None:
-    python = environment(interpreter, work / f"test-{interpreter.name}")
-    group = "test" if interpreter.name in WITH_COMPANIONS else "test-basic"
-    extra = CONSTRAINTS.get(interpreter.name, [])
-    run(
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--group",
-        f"{ROOT / 'pyproject.toml'}:{group}",
-        *extra,
-    )
-    install = (python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--pre")
-    cores = ["compiled", "pure"] if compiled else ["pure"]
-    for core in cores:
-        print(f"== {interpreter.name}, {core}, from a wheel", flush=True)
-        if core == cores[0]:
-            run(*install, "--find-links", DIST, "--only-binary", "unsync", "unsync", cwd=work)
-        else:
-            (pure,) = DIST.glob("*-none-any.whl")
-            run(*install, "--force-reinstall", pure, cwd=work)
-        env = {
-            "UNSYNC_NO_EXTENSIONS": "",
-            "UNSYNC_TEST_CORE": core,
-            "UNSYNC_TEST_INSTALLED": "1",
-        }
-        scratch = work / f"tmp-{interpreter.name}-{core}"
-        run(python.parent / "pytest", "--quiet", f"--basetemp={scratch}", *tests, **env)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--pythons", nargs="+", metavar="NAME", help="only these (default: all here)"
-    )
-    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="all but these")
-    parser.add_argument("--tests", nargs="+", default=["tests"], help="what to run of the suite")
-    parser.add_argument("--no-tests", action="store_true", help="build and check only")
-    parser.add_argument("--sdist-and-pure", action="store_true", help="build no compiled wheel")
-    options = parser.parse_args()
-
-    found = interpreters()
-    print("Found:", *(each.name for each in found))
-    if options.pythons:
-        missing = set(options.pythons) - {each.name for each in found}
-        if missing:
-            parser.error(f"not on this machine: {', '.join(sorted(missing))}")
-        found = [each for each in found if each.name in options.pythons]
-    found = [each for each in found if each.name not in options.without]
-    compiling = [] if options.sdist_and_pure else [each for each in found if each.compiles]
-
+def build_and_check(names: list[str], *, once: bool, pure_only: bool) -> None:
+    """Into `dist/`: the source distribution, the pure wheel, and a wheel for each CPython named."""
+    found = [each for each in at_hand(names) if each.compiles and not pure_only]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        pythons = {each.name: environment(each, work / f"build-{each.name}") for each in compiling}
-        rounds = [work / "first", work / "second"]
+        pythons = {each.name: environment(each, work / f"build-{each.name}") for each in found}
+        rounds = [work / "first"] if once else [work / "first", work / "second"]
         for out in rounds:
             out.mkdir()
             build(pythons, out)
-        first, second = map(hashes, rounds)
-        differing = sorted(
-            name for name in {*first, *second} if first.get(name) != second.get(name)
-        )
+        first, last = hashes(rounds[0]), hashes(rounds[-1])
+        differing = sorted(name for name in {*first, *last} if first.get(name) != last.get(name))
         if differing:
             sys.exit(f"built twice, and not the same: {', '.join(differing)}")
-
         shutil.rmtree(DIST, ignore_errors=True)
         shutil.copytree(rounds[0], DIST)
-        files = sorted(DIST.iterdir())
-        run(tool("twine"), "check", "--strict", *files)
-        run(tool("check-wheel-contents"), *(each for each in files if each.suffix == ".whl"))
-        lines = [f"{first[path.name]}  {path.stat().st_size:>9,}  {path.name}" for path in files]
-        print("Built twice with the same hashes; SHA-256, bytes, name:", *lines, sep="\n")
+    files = sorted(DIST.iterdir())
+    run(tool("twine"), "check", "--strict", *files)
+    run(tool("check-wheel-contents"), *(each for each in files if each.suffix == ".whl"))
+    lines = [f"{first[path.name]}  {path.stat().st_size:>9,}  {path.name}" for path in files]
+    how = "Built once" if once else "Built twice with the same hashes"
+    print(f"{how}; SHA-256, bytes, name:", *lines, sep="\n")
 
-        if not options.no_tests:
-            for interpreter in found:
-                install_and_test(interpreter, work, options.tests, interpreter in compiling)
+
+def place(name: str, wheel: str) -> Path:
+    """The Python of the environment in which that wheel (compiled or pure) is installed."""
+    return python_in(ENVIRONMENTS / (f"{name}-pure-wheel" if wheel == "pure" else name))
+
+
+def install(interpreter: Interpreter, *, companions: bool, wheel: str) -> None:
+    """Makes the environment anew, and runs `python -m unsync` in it on each core that it has."""
+    folder = place(interpreter.name, wheel).parent.parent
+    shutil.rmtree(folder, ignore_errors=True)
+    python = environment(interpreter, folder)
+    groups = ["test-basic"]
+    if interpreter.name in WITH_COMPANIONS:
+        groups = ["test"] if companions else ["test-basic", "test-engines"]
+    chosen = [f"--group={ROOT / 'pyproject.toml'}:{group}" for group in groups]
+    extra = CONSTRAINTS.get(interpreter.name, [])
+    run(python, "-m", "pip", "install", "--quiet", *chosen, *extra)
+    command = (python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--pre")
+    if wheel == "pure":
+        (path,) = DIST.glob("*-none-any.whl")
+        run(*command, path, cwd=folder)
+    else:
+        run(*command, f"--find-links={DIST}", "--only-binary=unsync", "unsync", cwd=folder)
+    for core in CORES if wheel == "compiled" and interpreter.compiles else ["pure"]:
+        check = f"import unsync; assert unsync.ACCELERATED is {core == 'compiled'}, unsync"
+        run(python, "-c", check, cwd=folder, **CORES[core])
+        run(python, "-m", "unsync", cwd=folder, **CORES[core])
+
+
+def spread(workers: int) -> list[str]:
+    """Options for pytest: over so many processes, each file in one of them."""
+    return ["-n", str(workers), "--dist", "loadfile"]
+
+
+def test(name: str, core: str, wheel: str, arguments: list[str]) -> None:
+    env = {**CORES[core], "UNSYNC_TEST_CORE": core, "UNSYNC_TEST_INSTALLED": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        # The program, not `python -m pytest`, which would find the checkout's unsync before it.
+        pytest = place(name, wheel).with_name("pytest")
+        run(pytest, f"--basetemp={scratch}/tmp", *arguments, **env)
+
+
+def at_hand(names: list[str]) -> list[Interpreter]:
+    """The interpreters that are named, or all where none is; one that is missing is an error."""
+    found = interpreters()
+    print("Found:", *(each.name for each in found))
+    missing = {*names} - {each.name for each in found}
+    if missing:
+        sys.exit(f"not on this machine: {', '.join(sorted(missing))}")
+    return [each for each in found if each.name in names] if names else found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    everything = actions.add_parser("all", help="build, install and test, compiled and pure")
+    building = actions.add_parser("build", help="build and check the wheels")
+    for action in (everything, building):
+        action.add_argument("names", nargs="*", metavar="NAME", help="default: all at hand")
+        action.add_argument("--once", action="store_true", help="do not compare two builds")
+        action.add_argument("--pure-only", action="store_true", help="build no compiled wheel")
+    installing = actions.add_parser("install", help="install from dist/, and a smoke test")
+    installing.add_argument("--companions", action="store_true", help="and what tests/outside uses")
+    testing = actions.add_parser("test", help="run pytest in that environment")
+    testing.add_argument("--core", choices=CORES, default="compiled")
+    running = actions.add_parser("python", help="run Python in that environment")
+    for action in (installing, testing, running):
+        action.add_argument("name", metavar="NAME")
+        action.add_argument("--wheel", choices=CORES, default="compiled", help="which to install")
+    # What comes after `--` is for Python or pytest; with `all`, only files and folders of tests.
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    options, passed_on = parser.parse_args(given[:end]), given[end + 1 :]
+
+    match options.action:
+        case "build":
+            build_and_check(options.names, once=options.once, pure_only=options.pure_only)
+        case "install":
+            (interpreter,) = at_hand([options.name])
+            install(interpreter, companions=options.companions, wheel=options.wheel)
+        case "test":
+            test(options.name, options.core, options.wheel, passed_on)
+        case "python":
+            run(place(options.name, options.wheel), *passed_on)
+        case "all":
+            build_and_check(options.names, once=options.once, pure_only=options.pure_only)
+            for interpreter in at_hand(options.names):
+                compiled = interpreter.compiles and not options.pure_only
+                for wheel in CORES if compiled else ["pure"]:
+                    install(interpreter, companions=True, wheel=wheel)
+                    # A process for each folder: what one imports, the other must not have.
+                    for tests in passed_on or ["tests/core", "tests/world", "tests/outside"]:
+                        test(interpreter.name, wheel, wheel, ["--quiet", tests, *spread(3)])
 
 
 if __name__ == "__main__":

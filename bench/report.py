@@ -1,7 +1,9 @@
 """Tables and charts from the figures in `results/`, and whether the targets are reached.
 
-python report.py                 writes them into README and docs
-python report.py --check FILE    prints the targets; exit code 1 if one is missed
+python report.py                  writes them into README and docs
+python report.py --check          says which pages show other figures than `results/` has, and which
+                                  targets those miss; exit code 1 if there is one
+python report.py --targets FILE   prints the targets; exit code 1 if one is missed
 """
 
 from __future__ import annotations
@@ -259,12 +261,36 @@ def pages(results: Results) -> dict[Path, dict[str, str]]:
     }
 
 
-def write_pages(results: Results) -> None:
-    for path, parts in pages(results).items():
-        text = path.read_text(encoding="utf-8")
-        for name, content in parts.items():
-            text = insert(text, name, content)
-        path.write_text(text, encoding="utf-8")
+def with_figures(path: Path, parts: dict[str, str]) -> tuple[str, str]:
+    """The text of a page as it is, and as it would be if it were written anew."""
+    text = shown = path.read_text(encoding="utf-8")
+    for name, content in parts.items():
+        text = insert(text, name, content)
+    return shown, text
+
+
+def write_pages(pages: dict[Path, dict[str, str]]) -> None:
+    for path, parts in pages.items():
+        path.write_text(with_figures(path, parts)[1], encoding="utf-8")
+
+
+def check_pages(pages: dict[Path, dict[str, str]], command: str) -> list[str]:
+    """Which pages show something else than they would if the command wrote them anew."""
+    return [
+        f"{path.relative_to(CHECKOUT)} does not show what was measured: run `{command}`"
+        for path, parts in pages.items()
+        if len({*with_figures(path, parts)}) > 1
+    ]
+
+
+def check(results: Results) -> list[str]:
+    """What is wrong with the pages and the figures in them."""
+    missed = [
+        f"{what}: {reached}, asked was {asked}"
+        for what, asked, reached, enough in verdicts(results)
+        if not enough
+    ]
+    return [*check_pages(pages(results), "python bench/report.py"), *missed]
 
 
 # The chart: one line for each row, a mark for each way, on a scale on which equal steps are equal
@@ -350,14 +376,17 @@ def load(path: Path) -> Results:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", type=Path, metavar="FILE")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--targets", type=Path, metavar="FILE")
     options = parser.parse_args()
-    if options.check:
-        results = load(options.check)
+    if options.targets:
+        results = load(options.targets)
         print(targets(results))
         sys.exit(not all(ok for *_, ok in verdicts(results)))
     results = load(MAIN)
-    write_pages(results)
+    if options.check:
+        sys.exit("\n".join(check(results)) or 0)
+    write_pages(pages(results))
     chart(results, CHECKOUT / "docs" / "benchmark.svg")
 
 

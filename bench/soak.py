@@ -3,7 +3,7 @@
     python bench/soak.py --minutes 2
     python bench/soak.py --hours 8
 
-Each round is a run of the stress test (`tests/stress.py`: results, failures, cancellations,
+Each round is a run of the stress test (`tests/support/stress.py`: results, failures, cancellations,
 timeouts, loops that come and go), and what that leaves out: streams, context managers, a pool of
 processes that loses one, an end and a new start. After the warm-up the numbers must stay where they
 are.
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from stress import Stress
+from support.stress import Stress
 
 from unsync import ACCELERATED, Unfuture, unsync
 

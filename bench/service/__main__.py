@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import compare
-import databases
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from support import databases
 
 from service import running, tables
 from service.plan import (
@@ -109,7 +109,8 @@ def turn(
             if status != 200 or json.loads(body) != row.expected:
                 said = log.read_text(errors="replace")
                 raise RuntimeError(f"{row.path} answers {status}, {body.decode()}\n{said}")
-            running.load(service, row.path, body.decode(), CONNECTIONS, WARM_UP)
+            warm_up = min(WARM_UP, seconds)
+            running.load(service, row.path, body.decode(), CONNECTIONS, warm_up)
             found[row.name] = running.measure(
                 service, row.path, body.decode(), CONNECTIONS, seconds
             )

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
 
 import asyncpg
-import databases
 from redis import asyncio as redis
+from support import databases
 
 from service import pipeline_work as work
 

@@ -70,7 +70,7 @@ class Pipeline:
         """In processes. The calls that died with a worker are made again, in a new pool."""
         calls = dict(self.start(regions))
         for _ in range(1, work.ATTEMPTS):
-            await asyncio.wait(calls.values())
+            await asyncio.gather(*calls.values(), return_exceptions=True)
             lost = {
                 region: regions[region]
                 for region, call in calls.items()

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import databases
+from support import databases
 
 from service.family import family, memory
 
 HERE = Path(__file__).parent
-PATIENCE = 30.0  # seconds for an answer
-GRACE = 10.0  # what wrk may take beyond the time it loads for
+PATIENCE = 60.0  # seconds for an answer
+GRACE = 60.0  # what wrk may take beyond the time it loads for
 TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
@@ -35,7 +35,7 @@ def missing() -> str | None:
     if not Path("/proc/self/smaps_rollup").exists():
         return "what a server costs is read from Linux's /proc"
     if shutil.which("wrk") is None:
-        return "wrk is not installed"
+        return f"wrk {databases.NOT_INSTALLED}"
     return databases.missing()
 
 
@@ -123,7 +123,9 @@ def load(service: Service, path: str, body: str, connections: int, seconds: floa
 
     :raises RuntimeError: wrk failed.
     """
-    command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", "1m"]
+    # Until wrk minds it, a SIGINT must not end it.
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+    command += ["wrk", "--threads", "1", "--connections", str(connections), "--duration", "1h"]
     command += ["--timeout", f"{PATIENCE:.0f}s", "--script", str(HERE / "check.lua")]
     command += [service.url + path, "--", body]
     with subprocess.Popen(
@@ -131,13 +133,30 @@ def load(service: Service, path: str, body: str, connections: int, seconds: floa
     ) as wrk:
         try:
             time.sleep(seconds)  # it counts in whole seconds itself, and ends well on SIGINT
-            wrk.send_signal(signal.SIGINT)
-            said, _ = wrk.communicate(timeout=GRACE)
+            said = _interrupt(wrk)
         finally:
             wrk.kill()
     if wrk.returncode:
         raise RuntimeError(f"wrk failed:\n{said}")
     return json.loads(said.splitlines()[-1])
+
+
+def _interrupt(wrk: subprocess.Popen[str]) -> str:
+    """What it says in the end.
+
+    It sleeps for as long as it was told to load, and does not say when it has begun to: a SIGINT
+    before that stops the load, but not the sleep. So it is told until it has ended.
+
+    :raises subprocess.TimeoutExpired: it did not end in GRACE seconds.
+    """
+    until = time.monotonic() + GRACE
+    while True:
+        wrk.send_signal(signal.SIGINT)
+        try:
+            return wrk.communicate(timeout=0.1)[0]
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > until:
+                raise
 
 
 def measure(

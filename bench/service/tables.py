@@ -1,8 +1,10 @@
 """Tables and chart of the services, and whether the targets are reached.
 
-PYTHONPATH=bench:tests python -m service.tables                 writes them into the docs
-PYTHONPATH=bench:tests python -m service.tables --check FILE    prints the targets; exit code 1 if
-                                                                one is missed
+PYTHONPATH=bench python -m service.tables                   writes them into the docs
+PYTHONPATH=bench python -m service.tables --check           says if the page shows other figures
+                                                            than `results/` has; exit code 1 then
+PYTHONPATH=bench python -m service.tables --targets FILE    prints the targets; exit code 1 if one
+                                                            is missed
 """
 
 from __future__ import annotations
@@ -157,21 +159,14 @@ def caption(results: Results) -> str:
     )
 
 
-def pages(shared: Results, pinned: Results) -> dict[str, str]:
+def pages(shared: Results, pinned: Results) -> dict[Path, dict[str, str]]:
     """What stands between the markers of the page."""
     parts = {"targets": targets({"cores shared": shared, "a core for the server": pinned})}
     for prefix, results in (("", shared), ("pinned-", pinned)):
         parts[f"{prefix}caption"] = caption(results)
         for application in APPLICATIONS:
             parts[f"{prefix}{application}"] = table(results, application)
-    return parts
-
-
-def write_page(shared: Results, pinned: Results) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for name, content in pages(shared, pinned).items():
-        text = report.insert(text, name, content)
-    PAGE.write_text(text, encoding="utf-8")
+    return {PAGE: parts}
 
 
 # The ways that stand for others in the chart: the colours and shapes are those of `report.py`.
@@ -201,14 +196,18 @@ def chart(results: Results) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", type=Path, metavar="FILE")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--targets", type=Path, metavar="FILE")
     options = parser.parse_args()
-    if options.check:
-        results = report.load(options.check)
+    if options.targets:
+        results = report.load(options.targets)
         print(targets({"reached": results}))
         sys.exit(not all(enough for *_, enough in verdicts(results)))
     shared = report.load(SHARED)
-    write_page(shared, report.load(PINNED))
+    written = pages(shared, report.load(PINNED))
+    if options.check:
+        sys.exit("\n".join(report.check_pages(written, "python -m service.tables")) or 0)
+    report.write_pages(written)
     chart(shared)
 
 

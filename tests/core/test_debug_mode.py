@@ -1,0 +1,94 @@
+"""What asyncio's debug mode shows: a coroutine that blocks the ambient loop is named."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.waiting import PATIENCE, wait_until_suspended
+
+from unsync import Unfuture, unsync
+
+SLOW = 0.05
+
+
+@pytest.fixture(autouse=True)
+def debug_mode() -> Iterator[None]:
+    loop = unsync.loop
+    before = loop.get_debug(), loop.slow_callback_duration
+    loop.set_debug(True)
+    loop.slow_callback_duration = SLOW / 2
+    yield
+    loop.set_debug(before[0])
+    loop.slow_callback_duration = before[1]
+
+
+def block() -> None:
+    time.sleep(SLOW)
+
+
+async def blocks_at_once() -> None:
+    block()
+
+
+async def blocks_later() -> None:
+    await asyncio.sleep(0)
+    block()
+
+
+async def blocks_after_an_await(awaited: Unfuture[Any]) -> None:
+    await awaited
+    block()
+
+
+def blocks_as_a_continuation(_: object) -> None:
+    block()
+
+
+def after_an_await() -> Unfuture[Any]:
+    awaited: Unfuture[Any] = Unfuture()
+    waiting = unsync(blocks_after_an_await)(awaited)
+    wait_until_suspended(blocks_after_an_await.__qualname__)
+    awaited.set_result(None)
+    return waiting
+
+
+CALLS: dict[Callable[..., Any], Callable[[], Unfuture[Any]]] = {
+    blocks_at_once: unsync(blocks_at_once),
+    blocks_later: unsync(blocks_later),
+    blocks_after_an_await: after_an_await,
+    blocks_as_a_continuation: lambda: Unfuture.from_value(1).then(blocks_as_a_continuation),
+}
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    # The loop warns of a callback when it is over: this is behind it.
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), unsync.loop).result(PATIENCE)
+    return [text for name, _, text in caplog.record_tuples if name == "asyncio"]
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_what_blocks_the_loop_is_named(
+    function: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    CALLS[function]().result(PATIENCE)
+    (named, *_) = [text for text in warnings(caplog) if function.__qualname__ in text]
+    assert named.startswith("Executing <")
+    assert float(named.split(" took ")[1].removesuffix(" seconds")) >= SLOW / 2
+
+
+def test_what_takes_less_than_the_loop_allows_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    unsync.loop.slow_callback_duration = PATIENCE
+    for call in CALLS.values():
+        call().result(PATIENCE)
+    assert warnings(caplog) == []
+
+
+def test_outside_of_debug_mode_nothing_is(caplog: pytest.LogCaptureFixture) -> None:
+    unsync.loop.set_debug(False)
+    for call in CALLS.values():
+        call().result(PATIENCE)
+    assert warnings(caplog) == []

@@ -1,0 +1,1263 @@
+"""`unsync.calls` and `unsync.map`: many calls of one function, in chunks where that pays."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+import functools
+import gc
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import threading
+import traceback
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, NoReturn
+
+import pytest
+from support.waiting import PATIENCE, collect, wait_until, wait_until_gone
+
+from unsync import CancelledError, Stream, Unfuture, fan_out, unsync
+from unsync.executors import ThreadExecutor
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+
+@pytest.fixture
+def threads() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def single() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def plain(x: int, y: int = 0) -> int:
+    return 10 * x + y
+
+
+@unsync
+def in_thread_pool(x: int, y: int = 0) -> int:
+    return plain(x, y)
+
+
+@unsync
+async def in_loop(x: int, y: int = 0) -> int:
+    return plain(x, y)
+
+
+@unsync(cpu_bound=True)
+def in_process(x: int, y: int = 0) -> int:
+    return plain(x, y)
+
+
+@unsync(cpu_bound=True)
+def where(_: object) -> tuple[int, int]:
+    return os.getpid(), threading.get_ident()
+
+
+class OddlyMadeError(Exception):
+    """It pickles, but not back."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+class Broken:
+    """Does not unpickle."""
+
+    def __setstate__(self, state: object) -> NoReturn:
+        raise ValueError("broken")
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"a": 1}
+
+
+@unsync(cpu_bound=True)
+def act(what: Any) -> object:
+    if what == "raise":
+        raise KeyError("raised")
+    if what == "exit":
+        raise SystemExit(3)
+    if what == "unmade":
+        raise OddlyMadeError("bad", "worse")
+    if what == "lambda":
+        return lambda: None
+    if what == "broken":
+        return Broken()
+    if what == "pid":
+        return [os.getpid()]
+    return what
+
+
+@unsync(cpu_bound=True)
+def push(things: list[int]) -> list[int]:
+    things.append(1)
+    return things
+
+
+@unsync(cpu_bound=True)
+def die(x: int) -> int:
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+class Scale:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    @unsync(cpu_bound=True)
+    def up(self, x: int) -> int:
+        return self.factor * x
+
+    @unsync
+    @classmethod
+    def name(cls, x: int) -> str:
+        return cls.__name__ * x
+
+
+WANTED = [plain(x, y) for x, y in zip(range(100), range(5, 105), strict=True)]
+pytestmark = pytest.mark.usefixtures("without_cloudpickle")
+
+KINDS = ["loop", "threads", "thread executor", "plain threads", "processes"]
+
+
+@pytest.fixture(params=KINDS)
+def marked(request: pytest.FixtureRequest) -> Iterator[Callable[..., Unfuture[int]]]:
+    """`plain`, marked so that it runs in one way after the other."""
+    kind = request.param
+    if kind == "loop":
+        yield in_loop
+    elif kind == "threads":
+        yield in_thread_pool
+    elif kind == "processes":
+        request.getfixturevalue("pool")
+        yield in_process
+    else:
+        cls = ThreadExecutor if kind == "thread executor" else concurrent.futures.ThreadPoolExecutor
+        with cls(2) as executor:
+            yield unsync(plain, executor=executor)
+
+
+# Values.
+
+
+@pytest.mark.parametrize("chunksize", [None, 1, 7, 1000])
+def test_each_call_has_an_unfuture(
+    marked: Callable[..., Unfuture[int]], chunksize: int | None
+) -> None:
+    calls = unsync.calls(marked, range(100), range(5, 1000), chunksize=chunksize)
+    assert all(type(call) is Unfuture for call in calls)
+    assert [call.result(PATIENCE) for call in calls] == WANTED
+
+
+@pytest.mark.parametrize("chunksize", [None, 1, 7, 1000])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_stream_gives_all_results(
+    marked: Callable[..., Unfuture[int]], chunksize: int | None, in_order: bool
+) -> None:
+    stream = unsync.map(marked, range(100), range(5, 1000), chunksize=chunksize, in_order=in_order)
+    assert isinstance(stream, Stream)
+    found = list(stream)
+    assert (found if in_order else sorted(found)) == WANTED
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_stream_is_read_in_any_loop(marked: Callable[..., Unfuture[int]], in_order: bool) -> None:
+    async def read() -> list[int]:
+        pairs = ((x, x + 5) for x in range(100))
+        xs, ys = itertools.tee(pairs)
+        stream = unsync.map(
+            marked, (x for x, _ in xs), (y for _, y in ys), in_order=in_order, read_ahead=10
+        )
+        return [value async for value in stream]
+
+    assert sorted(asyncio.run(read())) == WANTED
+    assert sorted(unsync(read)().result(PATIENCE)) == WANTED
+
+
+def test_no_arguments_are_no_calls() -> None:
+    for iterables in ([[]], [[1], []], [iter(())]):
+        assert unsync.calls(in_process, *iterables) == []
+        assert list(unsync.map(in_process, *iterables)) == []
+
+
+def test_methods_and_partials_of_marked_functions_are_called(
+    pool: concurrent.futures.ProcessPoolExecutor, threads: concurrent.futures.Executor
+) -> None:
+    def results(function: Callable[..., Unfuture[Any]], *args: Any) -> list[Any]:
+        found = list(unsync.map(function, *args, chunksize=2))
+        assert [call.result(PATIENCE) for call in unsync.calls(function, *args)] == found
+        return found
+
+    assert results(Scale(3).up, range(3)) == [0, 3, 6]
+    assert results(Scale.name, range(3)) == ["", "Scale", "ScaleScale"]
+    assert results(functools.partial(in_process, y=2), range(3)) == [2, 12, 22]
+    assert results(functools.partial(in_process, 1), range(3)) == [10, 11, 12]
+    assert results(functools.partial(Scale.up, Scale(3)), range(3)) == [0, 3, 6]
+    assert results(functools.partial(unsync(plain, executor=threads), 1), [2]) == [12]
+
+
+# In which order, and how far ahead.
+
+
+def test_values_come_in_order_or_as_their_calls_are_done(
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    gates = [threading.Event(), threading.Event()]
+
+    def wait(number: int) -> int:
+        assert gates[number].wait(PATIENCE)
+        return number
+
+    for marked in (unsync(wait), unsync(wait, executor=threads)):
+        for gate in gates:
+            gate.clear()
+        stream = unsync.map(marked, range(2), chunksize=1, in_order=False)
+        gates[1].set()
+        assert next(stream) == 1
+        gates[0].set()
+        assert list(stream) == [0]
+        gates[0].clear()
+        stream = unsync.map(marked, range(2), chunksize=1)
+        wait_until(lambda stream=stream: [*stream._channel.parts][1].is_done())  # type: ignore[misc]
+        gates[0].set()
+        assert list(stream) == [0, 1]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_an_endless_iterable_is_read_as_far_as_wanted(
+    marked: Callable[..., Unfuture[int]], in_order: bool
+) -> None:
+    read = []
+
+    def numbers() -> Iterator[int]:
+        for number in itertools.count():
+            read.append(number)
+            yield number
+
+    with unsync.map(marked, numbers(), chunksize=3, read_ahead=12, in_order=in_order) as stream:
+        assert 9 < len(read) <= 12
+        for count in range(1, 40):
+            assert next(stream) % 10 == 0
+            assert len(read) <= count + 12
+
+
+def test_chunks_grow_where_nobody_knows_how_many_calls_there_are(
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    before = unsync.stats().executors.started
+    marked = unsync(plain, executor=threads)
+    assert sum(1 for _ in unsync.map(marked, iter(range(1000)))) == 1000
+    assert unsync.stats().executors.started - before == 11  # 1, 2, 4, ... 256, 256, 233
+
+
+def test_a_chunk_counts_as_one_job(threads: concurrent.futures.ThreadPoolExecutor) -> None:
+    marked = unsync(plain, executor=threads)
+    before = unsync.stats()
+    calls = unsync.calls(marked, range(100), chunksize=30)
+    concurrent.futures.wait(calls, PATIENCE)  # type: ignore[type-var]
+    wait_until(lambda: unsync.stats().executors.finished - before.executors.finished == 4)
+    assert unsync.stats().executors.started - before.executors.started == 4
+    unsync.calls(marked, range(100))  # four chunks to each of two workers
+    assert unsync.stats().executors.started - before.executors.started == 12
+
+
+# Outcomes.
+
+
+def test_a_chunk_that_an_interrupt_leaves_is_counted_to_its_end(
+    threads: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = threads.submit
+    submitted: list[concurrent.futures.Future[Any]] = []
+
+    def interrupted(*args: Any) -> concurrent.futures.Future[Any]:
+        if submitted:
+            raise KeyboardInterrupt
+        submitted.append(submit(*args))
+        return submitted[0]
+
+    monkeypatch.setattr(threads, "submit", interrupted)
+    before = unsync.stats().executors
+    with pytest.raises(KeyboardInterrupt):
+        unsync.calls(unsync(plain, executor=threads), range(4), chunksize=2)
+    concurrent.futures.wait(submitted, PATIENCE)
+    wait_until(lambda: unsync.stats().executors.pending == before.pending)
+    assert unsync.stats().executors.started == before.started + 1
+
+
+def test_a_chunk_that_an_interrupt_leaves_as_it_is_submitted_is_counted_to_its_end(
+    threads: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job is there, but nobody has asked to be told of the job's end."""
+    launch = fan_out._Followed.launch
+    jobs: list[Any] = []
+
+    def interrupted(chunk: fan_out._Followed, route: Any) -> None:
+        launch(chunk, route)
+        jobs.append(chunk.job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fan_out._Followed, "launch", interrupted)
+    before = unsync.stats().executors
+    with pytest.raises(KeyboardInterrupt):
+        unsync.calls(unsync(plain, executor=threads), range(4), chunksize=2)
+    concurrent.futures.wait(jobs, PATIENCE)
+    wait_until(lambda: unsync.stats().executors.pending == before.pending)
+    assert unsync.stats().executors.started == before.started + 1
+
+
+def test_chunks_that_an_interrupt_leaves_are_not_kept(
+    single: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[fan_out._Followed]] = []
+    submit = single.submit
+
+    def interrupted(call: Any) -> concurrent.futures.Future[Any]:
+        made.append(weakref.ref(call._function))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return submit(call)
+
+    monkeypatch.setattr(single, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unsync.calls(unsync(plain, executor=single), range(6), chunksize=2)
+    assert len(made) == 2
+    wait_until_gone(*made)
+
+
+@pytest.mark.parametrize("is_at_work", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(
+    threads: concurrent.futures.ThreadPoolExecutor, is_at_work: bool
+) -> None:
+    was_at_work = gc.isenabled()
+    try:
+        (gc.enable if is_at_work else gc.disable)()
+        calls = unsync.calls(unsync(plain, executor=threads), range(9), chunksize=2)
+        assert gc.isenabled() == is_at_work
+    finally:
+        (gc.enable if was_at_work else gc.disable)()
+    assert [call.result(PATIENCE) for call in calls] == [plain(x) for x in range(9)]
+
+
+@pytest.mark.usefixtures("pool")
+def test_each_call_of_a_chunk_has_its_own_outcome() -> None:
+    given = [1, "raise", threading.Lock(), Broken(), "exit", "unmade", "lambda", "broken", "pid", 2]
+    calls = unsync.calls(act, given, chunksize=len(given))
+    assert calls[0].result(PATIENCE) == 1
+    assert calls[9].result(PATIENCE) == 2
+    assert calls[8].result(PATIENCE) != [os.getpid()]
+    with pytest.raises(KeyError, match="raised"):
+        calls[1].result()
+    assert "in act" in str(calls[1].exception().__cause__)  # type: ignore[union-attr]
+    with pytest.raises(SystemExit, match="3"):
+        calls[4].result()
+    for number, kind, message in [
+        (2, pickle.PicklingError, "argument 1 of act, of type lock, cannot go to another process"),
+        (3, pickle.UnpicklingError, r"the arguments of act cannot be unpickled in process \d+: br"),
+        (5, pickle.PicklingError, r"act raised OddlyMadeError\('bad'\), which cannot come back"),
+        (6, pickle.PicklingError, "the result of act, of type function, cannot come back"),
+        (7, pickle.UnpicklingError, "the result of act cannot be unpickled in process .*: broken"),
+    ]:
+        with pytest.raises(kind, match=message):
+            calls[number].result()
+
+
+@pytest.mark.usefixtures("pool")
+def test_plain_arguments_do_not_keep_outcomes_from_being_one_s_own() -> None:
+    given = [1, "raise", 2, "lambda", None, "pid", "unmade", "exit", b"3"]
+    calls = unsync.calls(act, given, chunksize=len(given))
+    kinds = [type(call.exception(PATIENCE)) for call in calls]
+    none, bad = type(None), pickle.PicklingError
+    assert kinds == [none, KeyError, none, bad, none, none, bad, SystemExit, none]
+    assert calls[8].result() == b"3"
+
+
+class Pickling(concurrent.futures.Executor):
+    """Sends its jobs away in its own time, and in its own way."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fn))())))
+        except Exception as exc:
+            future.set_exception(exc)
+        return future
+
+
+def test_an_executor_may_pickle_chunks_itself() -> None:
+    marked = unsync(act.__wrapped__, executor=Pickling())
+    for given in ([1, "raise", 2], [1, threading.Lock(), 2]):
+        calls = unsync.calls(marked, given, chunksize=3)
+        assert [calls[0].result(PATIENCE), calls[2].result(PATIENCE)] == [1, 2]
+        assert type(calls[1].exception()) in (KeyError, pickle.PicklingError)
+        assert next(unsync.map(marked, given, chunksize=3)) == 1
+    assert list(unsync.map(marked, [(1,), (2,)])) == [(1,), (2,)]
+
+
+class Number(int):
+    """Not plain: it may have anything in it."""
+
+
+def odd(x: int, y: int = 0) -> object:
+    if x % 5 == 1:
+        raise StopIteration(x)
+    return [1.5 * x, "", [x], Number(x), None][x % 5]
+
+
+@pytest.mark.usefixtures("pool")
+@pytest.mark.parametrize("several", [False, True])
+def test_plain_results_others_and_failures_take_turns(several: bool) -> None:
+    iterables = (range(12), [0] * 12) if several else (range(12),)
+    calls = unsync.calls(unsync(odd, cpu_bound=True), *iterables, chunksize=12)
+    for x, call in enumerate(calls):
+        if x % 5 == 1:
+            failure = call.exception(PATIENCE)
+            assert type(failure) is StopIteration
+            assert failure.args == (x,)
+        else:
+            result = call.result(PATIENCE)
+            assert result == odd(x)
+            assert type(result) is type(odd(x))
+
+
+@pytest.mark.usefixtures("pool")
+def test_what_a_call_does_to_its_argument_no_other_sees() -> None:
+    assert list(unsync.map(push, [[0]] * 3, chunksize=3)) == [[0, 1]] * 3
+
+
+@pytest.mark.usefixtures("pool")
+@pytest.mark.parametrize("in_order", [True, False, None])
+def test_a_chunk_that_has_served_is_in_no_cycle(
+    in_order: bool | None, threads: concurrent.futures.ThreadPoolExecutor
+) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def remembered(chunk: Any) -> concurrent.futures.Future[Any]:
+        made.append(weakref.ref(chunk._function))
+        return submit(chunk)
+
+    submit, threads.submit = threads.submit, remembered  # type: ignore[method-assign,assignment]
+    gate = threading.Event()
+
+    @unsync(executor=threads)
+    def work(x: int) -> int:
+        gate.wait(PATIENCE)
+        return x
+
+    gc.disable()
+    try:
+        if in_order is None:
+            calls = unsync.calls(work, range(10), chunksize=4)
+            gate.set()
+            assert [call.result(PATIENCE) for call in calls] == [*range(10)]
+        else:
+            stream = unsync.map(work, range(10), chunksize=4, in_order=in_order)
+            gate.set()
+            assert sorted(stream) == [*range(10)]
+            gate.clear()
+            unsync.map(work, range(10), chunksize=4, in_order=in_order).close()
+            gate.set()
+        assert len(made) >= 3
+        wait_until_gone(*made)
+    finally:
+        gc.enable()
+
+
+class Afar(concurrent.futures.Executor):
+    """The test has the jobs in its hands, and says what comes back."""
+
+    def __init__(self) -> None:
+        self.make: type[concurrent.futures.Future[Any]] = concurrent.futures.Future
+        self.jobs: list[concurrent.futures.Future[Any]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        self.jobs.append(self.make())
+        return self.jobs[-1]
+
+
+def test_whoever_is_told_of_a_call_finds_the_others_of_its_chunk_done() -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    found: list[list[bool]] = []
+    for call in (calls[0], calls[1]):
+        call.add_done_callback(lambda _: found.append([each.done() for each in calls]))
+    afar.jobs[0].set_result((True, [5, 6, 7]))
+    assert found == [[True, True, True], [True, True, True]]
+    assert [call.result(0) for call in calls] == [5, 6, 7]
+
+
+@pytest.mark.alone  # it counts
+@pytest.mark.parametrize("in_order", [True, None])
+def test_an_interrupt_while_a_chunk_comes_back_is_not_its_outcome(in_order: bool | None) -> None:
+    class Interrupted(concurrent.futures.Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return super().result(timeout)
+
+        interrupts = True
+
+    afar = Afar()
+    afar.make = Interrupted
+    work = unsync(plain, executor=afar)
+    before = unsync.stats().executors
+    if in_order is None:
+        calls = unsync.calls(work, range(3), chunksize=3)
+    else:
+        stream = unsync.map(work, range(3), chunksize=3, in_order=in_order)
+    (job,) = afar.jobs
+    assert isinstance(job, Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.set_result((True, [5, 6, 7]))
+    assert unsync.stats().executors.pending == before.pending + 1
+    # What it had to do is left to do: here another who waits for the job does it.
+    job.interrupts = False
+    job.add_done_callback(job._done_callbacks[0])  # type: ignore[attr-defined]
+    values = [call.result(0) for call in calls] if in_order is None else [*stream]
+    assert values == [5, 6, 7]
+    assert unsync.stats().executors.pending == before.pending
+
+
+def test_a_call_whose_outcome_does_not_come_back_fails() -> None:
+    afar = Afar()
+    first, *others = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    afar.jobs[0].set_result((True, [5]))
+    assert first.result(PATIENCE) == 5
+    for call in others:
+        with pytest.raises(RuntimeError, match="no outcome of plain came back"):
+            call.result(PATIENCE)
+
+
+def test_a_function_that_cannot_travel_is_every_call_s_failure() -> None:
+    calls = unsync.calls(unsync(lambda x: x, cpu_bound=True), range(3))
+    for call in calls:
+        with pytest.raises(pickle.PicklingError, match="it is a lambda"):
+            call.result(PATIENCE)
+
+
+def test_in_threads_too_each_call_has_its_own_outcome(
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    def divide(x: int) -> float:
+        if x == 2:
+            raise SystemExit(2)
+        return 6 / x
+
+    for marked in (unsync(divide, executor=threads), unsync(divide)):
+        kinds = [type(c.exception(PATIENCE)) for c in unsync.calls(marked, range(4), chunksize=4)]
+        assert kinds == [ZeroDivisionError, type(None), SystemExit, type(None)]
+
+
+def test_each_call_sees_a_copy_of_the_caller_s_context_of_its_own(
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    def swap(value: str) -> str:
+        found = variable.get()
+        variable.set(value)
+        return found
+
+    token = variable.set("the caller's")
+    try:
+        for marked in (unsync(swap, executor=threads), unsync(swap)):
+            assert list(unsync.map(marked, "abc", chunksize=3)) == ["the caller's"] * 3
+            assert {c.result(PATIENCE) for c in unsync.calls(marked, "abc")} == {"the caller's"}
+    finally:
+        variable.reset(token)
+
+
+def test_a_call_that_is_refused_has_that_as_its_outcome() -> None:
+    for cls in (ThreadExecutor, concurrent.futures.ThreadPoolExecutor):
+        executor = cls(1)
+        marked = unsync(plain, executor=executor)
+        executor.shutdown()
+        for call in unsync.calls(marked, range(3)):
+            with pytest.raises(RuntimeError, match="shutdown"):
+                call.result(PATIENCE)
+        with pytest.raises(RuntimeError, match="shutdown"):
+            next(unsync.map(marked, range(3)))
+
+
+def test_arguments_that_do_not_fit_are_the_call_s_failure(
+    marked: Callable[..., Unfuture[int]],
+) -> None:
+    for call in unsync.calls(marked, [1, 2], [1, 2], [1, 2]):
+        with pytest.raises(TypeError, match="takes from 1 to 2 positional arguments but 3 were"):
+            call.result(PATIENCE)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_failure_is_raised_in_its_turn_and_ends_the_stream(
+    single: concurrent.futures.ThreadPoolExecutor, in_order: bool
+) -> None:
+    made = []
+
+    def divide(x: int) -> float:
+        made.append(x)
+        return 6 / (3 - x)
+
+    stream = unsync.map(
+        unsync(divide, executor=single),
+        itertools.count(),
+        chunksize=2,
+        read_ahead=8,
+        in_order=in_order,
+    )
+    assert [next(stream) for _ in range(3)] == [2, 3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert list(stream) == []
+    single.submit(int).result(PATIENCE)
+    assert len(made) <= 4 + 8
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_what_an_iterable_raises_comes_after_the_calls_before_it(
+    marked: Callable[..., Unfuture[int]], in_order: bool
+) -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(5)
+        raise LookupError("no more")
+
+    stream = unsync.map(marked, numbers(), chunksize=3, in_order=in_order)
+    assert sorted(next(stream) for _ in range(5)) == [0, 10, 20, 30, 40]
+    with pytest.raises(LookupError, match="no more"):
+        next(stream)
+    assert list(stream) == []
+    with pytest.raises(LookupError, match="no more"):
+        unsync.calls(marked, numbers())
+
+
+def test_an_interrupt_while_an_iterable_is_read_is_raised_at_once() -> None:
+    def numbers() -> Iterator[int]:
+        yield 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unsync.map(in_thread_pool, numbers())
+
+
+# Cancelling, leaving, ending.
+
+
+@contextlib.contextmanager
+def held(executor: concurrent.futures.Executor) -> Iterator[None]:
+    """The only worker of the executor is busy meanwhile."""
+    gate = threading.Event()
+    busy = executor.submit(gate.wait, PATIENCE)
+    try:
+        yield
+    finally:
+        gate.set()
+        assert busy.result(PATIENCE)
+
+
+def test_a_cancelled_call_of_a_chunk_that_waits_is_not_made(
+    single: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    made: list[int] = []
+    with held(single):
+        calls = unsync.calls(unsync(made.append, executor=single), range(4), chunksize=4)
+        assert calls[1].cancel()
+        assert calls[2].cancel()
+        assert "append" in repr(calls[0])
+        calls[3].set_result(None)
+    calls[0].result(PATIENCE)
+    single.submit(int).result(PATIENCE)
+    assert made == [0]
+    with pytest.raises(CancelledError):
+        calls[1].result(PATIENCE)
+
+
+def test_a_chunk_all_of_whose_calls_are_cancelled_is_cancelled(
+    single: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    before = unsync.stats().executors
+    with held(single):
+        calls = unsync.calls(unsync(plain, executor=single), range(6), chunksize=3)
+        for call in (calls[1], calls[0], calls[4], calls[2]):
+            assert call.cancel()
+        assert unsync.stats().executors.cancelled - before.cancelled == 1
+    assert [calls[3].result(PATIENCE), calls[5].result(PATIENCE)] == [30, 50]
+    assert calls[4].cancelled()
+
+
+@pytest.mark.parametrize(
+    "cancel",
+    [
+        Unfuture.cancel,
+        lambda call: call.then(str).cancel(),
+        lambda call: call.concurrent_future.cancel(),
+        lambda call: asyncio.run(cancel_its_view(call)),
+    ],
+    ids=["itself", "what goes on from it", "a view", "a view of a loop"],
+)
+def test_however_the_calls_of_a_chunk_are_cancelled_it_is_cancelled_with_the_last(
+    cancel: Callable[[Unfuture[int]], object],
+) -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    for call in calls:
+        assert not afar.jobs[0].cancelled()
+        cancel(call)
+        assert call.cancelled()
+    assert afar.jobs[0].cancelled()
+
+
+async def cancel_its_view(call: Unfuture[int]) -> None:
+    call.future.cancel()
+
+
+def test_a_chunk_whose_calls_are_cancelled_from_several_threads_is_cancelled(
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(400), chunksize=4)
+    start = threading.Barrier(2)
+
+    def cancel(mine: list[Unfuture[int]]) -> None:
+        start.wait(PATIENCE)
+        for call in mine:
+            call.cancel()
+
+    list(threads.map(cancel, [calls[0::2], calls[1::2]]))
+    assert len(afar.jobs) == 100
+    assert all(job.cancelled() for job in afar.jobs)
+
+
+def test_a_chunk_one_of_whose_calls_was_done_by_hand_is_not_cancelled() -> None:
+    afar = Afar()
+    calls = unsync.calls(unsync(plain, executor=afar), range(3), chunksize=3)
+    calls[1].set_result(5)
+    for call in (calls[0], calls[2]):
+        assert call.cancel()
+    assert not afar.jobs[0].cancelled()
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_stream_that_is_left_cancels_what_has_not_begun(
+    single: concurrent.futures.ThreadPoolExecutor, in_order: bool
+) -> None:
+    made: list[int] = []
+    begun, gate = threading.Event(), threading.Event()
+
+    def wait(x: int) -> int:
+        begun.set()
+        assert gate.wait(PATIENCE)
+        made.append(x)
+        raise ValueError("nobody wants to know")
+
+    stream = unsync.map(
+        unsync(wait, executor=single), itertools.count(), chunksize=2, in_order=in_order
+    )
+    assert begun.wait(PATIENCE)
+    stream.close()
+    gate.set()
+    assert list(stream) == []
+    single.submit(int).result(PATIENCE)
+    assert made == [0]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_stream_that_nobody_refers_to_cancels_what_has_not_begun(
+    single: concurrent.futures.ThreadPoolExecutor, in_order: bool
+) -> None:
+    made: list[int] = []
+    with held(single):
+        stream = unsync.map(unsync(made.append, executor=single), range(9), in_order=in_order)
+        del stream
+        collect()
+    single.submit(int).result(PATIENCE)
+    assert made == []
+
+
+def test_a_consumer_that_is_cancelled_loses_no_value() -> None:
+    gate = threading.Event()
+
+    @unsync
+    def wait(x: int) -> int:
+        assert gate.wait(PATIENCE)
+        return x
+
+    async def main() -> list[int]:
+        stream = unsync.map(wait, range(3))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(stream.__anext__(), 0.001)
+        gate.set()
+        return [value async for value in stream]
+
+    assert asyncio.run(main()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_so_many_calls_wait_at_once(in_order: bool) -> None:
+    """Not half of them: `read_ahead` is how many requests to a service, say, are under way."""
+    gates: list[Unfuture[int]] = [Unfuture() for _ in range(20)]
+    read: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for x in range(20):
+            read.append(x)
+            yield x
+
+    @unsync
+    async def wait(x: int) -> int:
+        return await gates[x]
+
+    with unsync.map(wait, numbers(), in_order=in_order, read_ahead=8) as stream:
+        assert len(read) == 8
+        for x in range(4):
+            gates[x].set_result(x)
+            assert next(stream) == x
+            assert len(read) == 8 + x
+
+
+@pytest.mark.alone
+@pytest.mark.usefixtures("fresh")
+def test_several_consumers_share_the_values(
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    for in_order in (True, False):
+        found: list[int] = []
+        stream = unsync.map(in_thread_pool, iter(range(500)), read_ahead=5, in_order=in_order)
+        consumers = [in_thread(lambda s=stream, f=found: f.extend(s)) for _ in range(4)]  # type: ignore[misc]
+        for consumer in consumers:
+            consumer.join(PATIENCE)
+        assert sorted(found) == [10 * x for x in range(500)]
+
+
+class ByHand(concurrent.futures.Executor):
+    """Runs a job when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.jobs.append(lambda: future.set_result(fn(*args, **kwargs)))
+        return future
+
+    def run(self, count: int) -> None:
+        """The next ones, in this thread, which wakes who waits for them before it returns."""
+        for job in self.jobs[:count]:
+            job()
+        del self.jobs[:count]
+
+
+class Lingering:
+    """A stream of forty chunks, which seem to come back quickly, and what its consumers took."""
+
+    def __init__(self, in_order: bool) -> None:
+        self.by_hand = ByHand()
+        marked = unsync(plain, executor=self.by_hand)
+        self.stream = unsync.map(marked, range(40), chunksize=1, in_order=in_order)
+        channel = self.stream._channel
+        assert isinstance(channel, fan_out._Outlet)
+        assert len(self.by_hand.jobs) == 40
+        channel.lingers = True
+        self.channel = channel
+        self.found: list[int] = []
+
+    def take_one(self) -> None:
+        self.found.append(next(self.stream))
+
+    def take_all(self) -> None:
+        for value in self.stream:
+            self.found.append(value)  # it is looked at meanwhile
+
+    def wait_for_consumers(self, count: int = 1) -> None:
+        wait_until(lambda: len(self.channel.waiters) == count, f"{count} to wait")
+
+
+@pytest.fixture
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consumers linger for longer than a test lasts."""
+    monkeypatch.setattr(fan_out, "_LINGER", 2 * PATIENCE)
+
+
+@pytest.mark.usefixtures("no_hurry")
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_consumer_is_woken_once_for_chunks_that_come_back_quickly(
+    in_order: bool, in_thread: Callable[[Callable[[], object]], threading.Thread]
+) -> None:
+    work = Lingering(in_order)
+    consumer = in_thread(work.take_all)
+    work.wait_for_consumers()
+    work.by_hand.run(9)
+    assert work.channel.waiters
+    assert work.found == []
+    work.by_hand.run(1)
+    wait_until(lambda: len(work.found) == 10, "the first values")
+    # There are less and less left, and the consumer must not keep the workers from them.
+    while work.by_hand.jobs:
+        work.wait_for_consumers()
+        work.by_hand.run(len(work.channel.parts) // 4 or 1)
+    consumer.join(PATIENCE)
+    assert work.found == [10 * x for x in range(40)]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_consumer_does_not_wait_for_chunks_that_come_late(
+    in_order: bool, in_thread: Callable[[Callable[[], object]], threading.Thread]
+) -> None:
+    work = Lingering(in_order)
+    consumer = in_thread(work.take_one)
+    work.wait_for_consumers()
+    work.by_hand.run(1)
+    consumer.join(PATIENCE)
+    assert work.found == [0]
+    work.stream.close()
+
+
+@pytest.mark.usefixtures("no_hurry")
+def test_the_first_chunk_ends_the_wait_of_several_consumers(
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Lingering(in_order=True)
+    consumers = [in_thread(work.take_one) for _ in range(2)]
+    work.wait_for_consumers(2)
+    work.by_hand.run(1)
+    wait_until(lambda: work.found, "the first value")
+    work.by_hand.run(39)
+    for consumer in consumers:
+        consumer.join(PATIENCE)
+    assert sorted(work.found) == [0, 10]
+    work.stream.close()
+
+
+@pytest.mark.usefixtures("no_hurry")
+def test_in_order_a_consumer_is_woken_when_the_first_chunk_has_come(
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Lingering(in_order=True)
+    consumer = in_thread(work.take_one)
+    work.wait_for_consumers()
+    first = work.by_hand.jobs.pop(0)
+    work.by_hand.run(20)
+    assert work.channel.waiters
+    first()
+    consumer.join(PATIENCE)
+    assert work.found == [0]
+    assert [next(work.stream) for _ in range(20)] == [10 * x for x in range(1, 21)]
+    work.stream.close()
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_for_calls_that_go_alone_no_consumer_lingers(in_order: bool) -> None:
+    stream = unsync.map(in_loop, range(100), in_order=in_order)
+    channel = stream._channel
+    assert isinstance(channel, fan_out._Outlet)
+    for _ in stream:
+        assert not channel.lingers
+
+
+class Waited:
+    """Forty calls in chunks of one, of which two have come back: as quickly as the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, quick: float) -> None:
+        monkeypatch.setattr(fan_out, "_QUICK", quick)
+        paces: list[fan_out._Pace] = []
+        asked: list[bool] = []
+
+        lingered: list[object] = []
+
+        class Pace(fan_out._Pace):
+            def __init__(self) -> None:
+                super().__init__()
+                paces.append(self)
+
+            def __setattr__(self, name: str, value: object) -> None:
+                super().__setattr__(name, value)
+                if name == "lull" and value is not None:
+                    lingered.append(value)
+
+            def linger(self) -> None:
+                super().linger()
+                asked.append(True)
+
+        monkeypatch.setattr(fan_out, "_Pace", Pace)
+        self.asked = asked
+        # What threads lingered by; also when that is over.
+        self.lingered = lingered
+        self.by_hand = ByHand()
+        self.calls = unsync.calls(unsync(plain, executor=self.by_hand), range(40), chunksize=1)
+        [self.pace] = paces
+        self.by_hand.run(2)
+        self.found: list[int] = []
+
+    def take_one(self) -> None:
+        self.found.append(self.calls[2].result())
+
+    def wait_for_lull(self) -> None:
+        wait_until(lambda: self.pace.lull is not None, "a thread to linger")
+
+
+@pytest.mark.usefixtures("no_hurry")
+@pytest.mark.parametrize("ask", [Unfuture.result, Unfuture.exception])
+def test_who_waits_for_a_call_is_woken_once_for_chunks_that_come_back_quickly(
+    ask: Callable[[Unfuture[int]], object],
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    waiter = in_thread(lambda: ask(work.calls[2]))
+    work.wait_for_lull()
+    work.by_hand.run(8)
+    assert work.calls[2].done()
+    assert work.pace.lull is not None
+    work.by_hand.run(1)  # a quarter of those that were left
+    waiter.join(PATIENCE)
+    assert not waiter.is_alive()
+    assert work.pace.lull is None
+
+
+@pytest.mark.usefixtures("no_hurry")
+def test_only_one_thread_lingers(
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    waiters = [in_thread(work.take_one)]
+    work.wait_for_lull()
+    waiters.append(in_thread(lambda: work.found.append(work.calls[3].result())))
+    work.by_hand.run(2)
+    wait_until(lambda: work.found == [30], "the other thread")
+    work.by_hand.run(36)
+    for waiter in waiters:
+        waiter.join(PATIENCE)
+    assert work.found == [30, 20]
+
+
+@pytest.mark.parametrize("come_back", [1, 20])
+def test_nobody_lingers_for_long(
+    come_back: int,
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    monkeypatch.setattr(fan_out, "_LINGER", 0.05)
+    work = Waited(monkeypatch, quick=PATIENCE)
+    waiter = in_thread(work.take_one)
+    # Not for the lull itself, which may be over before this thread looks.
+    wait_until(lambda: work.lingered, "a thread to linger")
+    work.by_hand.run(come_back)
+    waiter.join(PATIENCE)
+    assert work.found == [20]
+    assert work.pace.lull is None
+
+
+@pytest.mark.usefixtures("no_hurry")
+@pytest.mark.parametrize("quick", [0, PATIENCE])
+def test_nobody_lingers_for_slow_chunks_or_the_last_ones(
+    quick: float,
+    monkeypatch: pytest.MonkeyPatch,
+    in_thread: Callable[[Callable[[], object]], threading.Thread],
+) -> None:
+    work = Waited(monkeypatch, quick)
+    if quick:
+        work.by_hand.jobs[1:], others = [], work.by_hand.jobs[1:]
+        for job in others[:31]:
+            job()
+        assert len(work.pace.left) == 7
+    waiter = in_thread(work.take_one)
+    wait_until(lambda: work.asked, "a thread to wait")
+    work.by_hand.run(1)
+    waiter.join(PATIENCE)
+    assert work.found == [20]
+
+
+@pytest.mark.usefixtures("no_hurry")
+def test_nobody_lingers_with_a_timeout_or_in_a_thread_of_a_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    with pytest.raises(TimeoutError):
+        work.calls[2].result(0.01)
+    with ThreadExecutor(1) as executor:
+        waiter = executor.submit(work.calls[2].result)
+        executor.submit(int).result(PATIENCE)  # in its place, since it waits
+        work.by_hand.run(1)
+        assert waiter.result(PATIENCE) == 20
+    assert not work.asked
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.usefixtures("no_hurry")
+def test_an_interrupt_ends_the_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Waited(monkeypatch, quick=PATIENCE)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        work.wait_for_lull()
+        signal.pthread_kill(main, signal.SIGINT)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        work.take_one()
+    other.join(PATIENCE)
+    assert work.pace.lull is None
+    work.by_hand.run(38)
+    assert [call.result() for call in work.calls] == [10 * x for x in range(40)]
+
+
+@pytest.mark.parametrize("cls", [ThreadExecutor, concurrent.futures.ThreadPoolExecutor])
+def test_a_shutdown_cancels_what_waits(cls: type[concurrent.futures.ThreadPoolExecutor]) -> None:
+    executor = cls(1)
+    marked = unsync(plain, executor=executor)
+    with held(executor):
+        calls = unsync.calls(marked, range(3), chunksize=2)
+        stream = unsync.map(marked, range(3), chunksize=2)
+        executor.shutdown(wait=False, cancel_futures=True)
+    for call in calls:
+        with pytest.raises(CancelledError):
+            call.result(PATIENCE)
+    with pytest.raises(CancelledError):
+        next(stream)
+    assert list(stream) == []
+
+
+KILLING = """
+    import multiprocessing
+    import os
+    from concurrent.futures.process import BrokenProcessPool
+    from unsync import unsync
+
+    @unsync(cpu_bound=True)
+    def work(x):
+        if x == 70:
+            os.kill(os.getpid(), 9)
+        return x + 1
+
+    if __name__ == "__main__":
+        multiprocessing.set_start_method(START)
+        calls = unsync.calls(work, range(100), chunksize=10)
+        kinds = {type(call.exception()) for call in calls}
+        assert type(calls[70].exception()) is BrokenProcessPool, kinds
+        assert kinds <= {type(None), BrokenProcessPool}, kinds
+        assert list(unsync.map(work, range(60))) == list(range(1, 61))
+        assert sorted(unsync.map(work, range(60), in_order=False)) == list(range(1, 61))
+        # What nobody waits for does not keep the program from its end.
+        unsync.calls(work, range(60), chunksize=1)
+        stream = unsync.map(work, iter(int, 1))
+"""
+
+
+@pytest.mark.parametrize("start", sorted({*multiprocessing.get_all_start_methods()} - {"fork"}))
+def test_a_worker_that_is_killed_is_told_to_each_call_and_made_up_for(
+    run_python: Run, start: str
+) -> None:
+    run = run_python(KILLING.replace("START", repr(start)))
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_failure_of_a_chunk_has_no_frame_of_ours() -> None:
+    class Failing(concurrent.futures.Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            try:
+                self.fail()
+            except ValueError as exc:
+                future.set_exception(exc)
+            return future
+
+        def fail(self) -> None:
+            raise ValueError("no chunk today")
+
+    for call in unsync.calls(unsync(str, executor=Failing()), range(4), chunksize=2):
+        failure = call.exception(PATIENCE)
+        assert failure is not None
+        frames = traceback.extract_tb(failure.__traceback__)
+        assert frames[-1].name == "fail"
+        assert not [each for each in frames if each.filename == fan_out.__file__]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_nothing_waits_for_ever_in_a_fork(run_python: Run) -> None:
+    run = run_python(
+        """
+        import concurrent.futures
+        import os
+        import threading
+        from unsync import unsync
+
+        executor = concurrent.futures.ThreadPoolExecutor(1)
+        gate = threading.Event()
+        wait = unsync(gate.wait, executor=executor)
+        calls = unsync.calls(wait, [20] * 4, chunksize=2)
+        streams = [unsync.map(wait, [20] * 4, in_order=in_order) for in_order in (True, False)]
+        pid = os.fork()
+        if pid == 0:
+            told = 0
+            for look in (calls[3].result, streams[0].__next__, streams[1].__next__):
+                try:
+                    look()
+                except RuntimeError as exc:
+                    told += "forked" in str(exc)
+            os._exit(told)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+        gate.set()
+        assert all(call.result() for call in calls)
+        assert [*streams[0], *streams[1]] == [True] * 8
+        """,
+        "-W",
+        "ignore:This process:DeprecationWarning",
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+# What is refused.
+
+
+@unsync
+def values(count: int) -> Iterator[int]:
+    yield from range(count)
+
+
+@unsync
+@contextlib.asynccontextmanager
+async def manager(x: int) -> AsyncIterator[int]:
+    yield x
+
+
+@pytest.mark.parametrize("method", [unsync.calls, unsync.map])
+def test_what_makes_no_sense_is_refused(method: Callable[..., object]) -> None:
+    name = method.__name__
+    for function in (plain, functools.partial(plain, 1), Scale(1), 3):
+        with pytest.raises(TypeError, match=rf"unsync.{name}\(\) takes a function marked with"):
+            method(function, [1])
+    with pytest.raises(TypeError, match="but those of values give a Stream"):
+        method(values, [1])
+    with pytest.raises(TypeError, match="but those of manager give an AmbientContextManager"):
+        method(manager, [1])
+    with pytest.raises(TypeError, match="needs at least one iterable"):
+        method(in_loop)
+    with pytest.raises(TypeError, match="'int' object is not iterable"):
+        method(in_loop, 3)
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=f"chunksize must be at least 1, not {bad}"):
+            method(in_loop, [1], chunksize=bad)
+    with pytest.raises(TypeError, match="chunksize must be a number of calls, or None, not 'a'"):
+        method(in_loop, [1], chunksize="a")
+
+
+def test_a_read_ahead_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match="read_ahead must be at least 1, not 0"):
+        unsync.map(in_loop, [1], read_ahead=0)
+    with pytest.raises(TypeError, match="read_ahead must be a number of values, not 'a'"):
+        unsync.map(in_loop, [1], read_ahead="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="read_ahead must be at least chunksize, which is 3"):
+        unsync.map(in_loop, [1], read_ahead=2, chunksize=3)

@@ -1,0 +1,196 @@
+"""Executors that a callable gives, when they are first needed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from support.waiting import PATIENCE
+
+from unsync import Unfuture, unsync
+from unsync.executors import ThreadExecutor
+
+# Sets what gives an executor and returns a function that goes there.
+PLACES: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
+    "executor=": lambda function, give: unsync(function, executor=give),
+    "thread_executor": lambda function, give: (
+        setattr(unsync, "thread_executor", give) or unsync(function)  # type: ignore[func-returns-value]
+    ),
+    "process_executor": lambda function, give: (
+        setattr(unsync, "process_executor", give) or unsync(function, cpu_bound=True)  # type: ignore[func-returns-value]
+    ),
+}
+
+in_each_place = pytest.mark.parametrize("mark", PLACES.values(), ids=PLACES)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(fresh: None) -> None:
+    pass
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2, thread_name_prefix="given") as executor:
+        yield executor
+
+
+def where() -> str:
+    return threading.current_thread().name
+
+
+@in_each_place
+def test_it_is_called_at_the_first_call_and_once(mark: Any, pool: ThreadPoolExecutor) -> None:
+    called = []
+
+    def give() -> ThreadPoolExecutor:
+        called.append(1)
+        return pool
+
+    marked = mark(where, give)
+    assert called == []
+    assert [marked().result(PATIENCE)[:5] for _ in range(3)] == ["given"] * 3
+    assert called == [1]
+
+
+@pytest.mark.parametrize("name", ["thread_executor", "process_executor"])
+def test_asking_for_the_setting_is_a_first_use(name: str, pool: ThreadPoolExecutor) -> None:
+    called = []
+    setattr(unsync, name, lambda: called.append(1) or pool)  # type: ignore[func-returns-value]
+    assert getattr(unsync, name) is pool
+    assert unsync(where, cpu_bound=name == "process_executor")().result(PATIENCE)[:5] == "given"
+    assert called == [1]
+
+
+@in_each_place
+def test_it_is_called_once_by_many_threads(
+    mark: Any, pool: ThreadPoolExecutor, in_thread: Any
+) -> None:
+    called = []
+    others_came = threading.Barrier(8)
+
+    def give() -> ThreadPoolExecutor:
+        called.append(1)
+        return pool
+
+    marked = mark(where, give)
+    calls: list[Unfuture[str]] = []
+
+    def call() -> None:
+        others_came.wait(PATIENCE)
+        calls.append(marked())
+
+    for thread in [in_thread(call) for _ in range(8)]:
+        thread.join(PATIENCE)
+    assert [call.result(PATIENCE)[:5] for call in calls] == ["given"] * 8
+    assert called == [1]
+
+
+@in_each_place
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyboardInterrupt])
+def test_what_it_raises_is_raised_by_the_call_and_the_next_call_tries_again(
+    mark: Any, pool: ThreadPoolExecutor, kind: type[BaseException]
+) -> None:
+    failures: list[BaseException] = [kind("first"), kind("second")]
+
+    def give() -> ThreadPoolExecutor:
+        if failures:
+            raise failures.pop(0)
+        return pool
+
+    marked = mark(where, give)
+    for message in ("first", "second"):
+        with pytest.raises(kind, match=message):
+            marked()
+    assert marked().result(PATIENCE)[:5] == "given"
+
+
+@in_each_place
+@pytest.mark.parametrize("thing", [5, None, ThreadPoolExecutor], ids=repr)
+def test_what_is_no_executor_is_a_type_error_that_names_it(mark: Any, thing: object) -> None:
+    def give() -> object:
+        return thing
+
+    marked = mark(where, give)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"must give a concurrent\.futures\.Executor") as info:
+            marked()
+        assert repr(thing) in str(info.value)
+        assert repr(give) in str(info.value)
+
+
+@in_each_place
+def test_a_class_of_executors_is_such_a_callable(mark: Any) -> None:
+    marked = mark(where, ThreadPoolExecutor)
+    assert marked().result(PATIENCE).startswith("ThreadPoolExecutor-")
+
+
+def test_an_executor_that_can_be_called_is_an_executor() -> None:
+    class CallableExecutor(ThreadExecutor):
+        def __call__(self) -> None:
+            raise AssertionError("nobody asked")
+
+    with CallableExecutor(1, "callable") as executor:
+        unsync.thread_executor = executor
+        assert unsync(where)().result(PATIENCE) == "callable_0"
+
+
+@in_each_place
+def test_a_coroutine_function_can_call_there_first(mark: Any, pool: ThreadPoolExecutor) -> None:
+    marked = mark(where, lambda: pool)
+
+    @unsync
+    async def main() -> str:
+        return (await asyncio.gather(marked(), marked()))[0]  # type: ignore[no-any-return]
+
+    assert main().result(PATIENCE)[:5] == "given"
+
+
+def test_generator_functions_run_there(pool: ThreadPoolExecutor) -> None:
+    @unsync(executor=lambda: pool)
+    def names() -> Generator[str, None, None]:
+        yield where()
+
+    assert [name[:5] for name in names()] == ["given"]
+
+
+def test_assigning_anew_asks_anew(pool: ThreadPoolExecutor) -> None:
+    other = ThreadExecutor(1, "other")
+    unsync.thread_executor = lambda: pool
+    assert unsync(where)().result(PATIENCE)[:5] == "given"
+    unsync.thread_executor = lambda: other
+    assert unsync(where)().result(PATIENCE) == "other_0"
+    unsync.thread_executor = None
+    assert unsync(where)().result(PATIENCE).startswith("unsync-worker")
+    other.shutdown()
+
+
+def test_shutdown_leaves_it_to_its_owner(pool: ThreadPoolExecutor) -> None:
+    unsync.thread_executor = lambda: pool
+    assert unsync(where)().result(PATIENCE)[:5] == "given"
+    assert unsync.shutdown(PATIENCE)
+    assert pool.submit(where).result(PATIENCE)[:5] == "given"
+    assert unsync(where)().result(PATIENCE)[:5] == "given"
+
+
+def test_its_workers_are_asked_for() -> None:
+    """As many chunks are sent as keep them all busy."""
+    sent = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            sent.append(1)
+            return super().submit(*args, **kwargs)
+
+    with Counting(16) as executor:
+        chunks = []
+        for engine in (executor, lambda: executor):
+            sent.clear()
+            marked = unsync(abs, executor=engine)
+            assert [call.result(PATIENCE) for call in unsync.calls(marked, range(640))][-1] == 639
+            chunks.append(len(sent))
+    assert chunks == [64, 64]

@@ -1,0 +1,434 @@
+"""Signal handlers and finalizers that make calls at any point of our own code, and wait for them.
+
+A trace function of the main thread acts as the handler: it strikes at one of the steps that the
+interpreter makes in the package's files, a further one each time. What it calls wants to get at
+what the main thread was about to change: the Unfuture that it registers on is finished by the
+ambient loop just then, or the pool that it submits to has to run another job.
+
+Programs must not do so from trace functions; as an instrument they are exact. The compiled core has
+no such steps: there only the modules around it are struck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dis
+import gc
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from support.under_test import FOLDER
+from support.waiting import PATIENCE
+
+from unsync import ACCELERATED, Unfuture, unsync
+from unsync.executors import ThreadExecutor
+
+pytestmark = pytest.mark.alone  # there is one main thread
+
+# So many steps of a case are struck at most, spread over all that it makes.
+STRIKES = 100
+
+# Which stands where a `try` begins, in no reach of its outer one; nothing can strike there.
+NOP = dis.opmap["NOP"]
+
+FILES = {str(path) for path in Path(FOLDER).glob("*.py")}
+
+
+class Striker:
+    """Calls `strike` once, at the step of that number; counts all steps that were made."""
+
+    def __init__(
+        self, step: int, strike: Callable[[], object], but_in: frozenset[str] = frozenset()
+    ) -> None:
+        self.step = step
+        self.strike = strike
+        self.but_in = but_in  # the names of functions that it leaves alone
+        self.count = 0
+
+    def __enter__(self) -> Striker:
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def trace(self, frame: FrameType, event: str, _: object) -> Any:
+        code = frame.f_code
+        if code.co_filename not in FILES or code.co_name in self.but_in:
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        if event == "opcode" and code.co_code[frame.f_lasti] != NOP:
+            self.count += 1
+            if self.count == self.step:
+                self.strike()  # in which nothing is traced, since a trace function runs
+        return self.trace
+
+
+class Case:
+    """What the main thread is at, and what others want of it meanwhile."""
+
+    def __init__(self) -> None:
+        self.executor = ThreadExecutor(1)
+        self.function = unsync(self.finish_by_worker, executor=self.executor)
+        self.coroutine = unsync(self.finish_by_loop)
+        # What the loop finishes when it is struck, and what a worker does.
+        self.by_loop: Unfuture[str] = Unfuture()
+        self.by_worker: Unfuture[str] = Unfuture()
+
+    async def finish_by_loop(self) -> str:
+        finish(self.by_loop)
+        # What the main thread has woken, a producer of a stream say, has its turn.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return "coroutine"
+
+    def finish_by_worker(self) -> str:
+        finish(self.by_worker)
+        return "function"
+
+    def strike(self) -> None:
+        assert self.coroutine().result(PATIENCE) == "coroutine"
+        assert self.function().result(PATIENCE) == "function"
+
+    def close(self) -> None:
+        self.executor.shutdown(wait=False)
+        assert self.executor.join(PATIENCE)
+
+
+def finish(unfuture: Unfuture[str]) -> None:
+    with contextlib.suppress(asyncio.InvalidStateError):
+        unfuture.set_result("struck")
+
+
+@pytest.fixture
+def case() -> Iterator[Case]:
+    case = Case()
+    case.strike()  # all threads are there
+    yield case
+    case.close()
+
+
+def strike_everywhere(case: Case, act: Callable[[], object], strikes: int = STRIKES) -> None:
+    """Does it again and again, struck at one step after the other."""
+    if sys.implementation.name != "cpython":
+        pytest.skip("its trace functions are not called for each step")
+    assert threading.current_thread() is threading.main_thread()
+
+    def attempt(step: int) -> int:
+        case.by_loop, case.by_worker = Unfuture(), Unfuture()
+        with Striker(step, case.strike) as striker:
+            act()
+        return striker.count
+
+    steps = max(attempt(-1) for _ in range(3))
+    stride = max(1, steps // strikes)
+    # The second half of them between the first, so that a failure shows soon.
+    for step in [*range(1, steps + 1, 2 * stride), *range(1 + stride, steps + 1, 2 * stride)]:
+        attempt(step)
+    case.strike()  # nothing is left that keeps it from that
+
+
+def test_a_call_of_a_function(case: Case) -> None:
+    strike_everywhere(case, lambda: case.function().result(PATIENCE))
+
+
+def test_calls_of_functions_that_nobody_waits_for(case: Case) -> None:
+    def act() -> None:
+        for _ in range(3):
+            case.function()
+
+    strike_everywhere(case, act)
+
+
+def test_a_call_of_a_coroutine_function(case: Case) -> None:
+    strike_everywhere(case, lambda: case.coroutine().result(PATIENCE))
+
+
+def test_a_call_that_has_a_thread_started() -> None:
+    """The one thread that the pool may have."""
+    cases: list[Case] = []
+    try:
+        case = Case()
+        cases.append(case)
+
+        def act() -> None:
+            case.function().result(PATIENCE)
+
+        def strike() -> None:
+            assert case.coroutine().result(PATIENCE) == "coroutine"
+            if not ACCELERATED:
+                assert case.function().result(PATIENCE) == "function"
+
+        with Striker(-1, strike) as striker:
+            act()
+        for step in range(1, striker.count + 1, max(1, striker.count // STRIKES)):
+            case = Case()
+            cases.append(case)
+            with Striker(step, strike):
+                act()
+            case.close()
+    finally:
+        for case in cases:
+            case.close()
+
+
+def test_a_call_where_there_is_bounded_room() -> None:
+    case = Case()
+    case.executor = ThreadExecutor(1, max_queued=4, when_full="wait")
+    case.function = unsync(case.finish_by_worker, executor=case.executor)
+    try:
+        case.strike()
+        strike_everywhere(case, lambda: case.function().result(PATIENCE))
+    finally:
+        case.close()
+
+
+@pytest.mark.parametrize("by", ["the loop", "a worker"])
+def test_callbacks_come_and_go(case: Case, by: str) -> None:
+    def act() -> None:
+        called: list[Unfuture[str]] = []
+        unfuture = case.by_loop if by == "the loop" else case.by_worker
+        unfuture.add_done_callback(called.append)
+        unfuture.add_done_callback(print)
+        unfuture.remove_done_callback(print)
+        finish(unfuture)
+        assert called == [unfuture]
+
+    strike_everywhere(case, act)
+
+
+@pytest.mark.parametrize("by", ["the loop", "a worker"])
+def test_a_continuation(case: Case, by: str) -> None:
+    def act() -> None:
+        unfuture = case.by_loop if by == "the loop" else case.by_worker
+        continued = unfuture.then(Unfuture.result).map(str.upper)
+        finish(unfuture)
+        assert continued.result(PATIENCE) == "STRUCK"
+
+    strike_everywhere(case, act)
+
+
+@pytest.mark.parametrize("by", ["the loop", "a worker"])
+def test_waits_that_end_or_do_not(case: Case, by: str) -> None:
+    def act() -> None:
+        unfuture = case.by_loop if by == "the loop" else case.by_worker
+        with contextlib.suppress(TimeoutError):
+            unfuture.result(0)
+        finish(unfuture)
+        assert unfuture.result(PATIENCE) == "struck"
+
+    strike_everywhere(case, act)
+
+
+@pytest.mark.parametrize("by", ["the loop", "a worker"])
+def test_an_outcome_that_is_set(case: Case, by: str) -> None:
+    """By both: the one who comes second hears of it."""
+
+    def act() -> None:
+        unfuture = case.by_loop if by == "the loop" else case.by_worker
+        called: list[object] = []
+        unfuture.add_done_callback(called.append)
+        follower = Unfuture(unfuture)
+        waiting = waits(unfuture)
+        try:
+            unfuture.set_result("struck")
+        except asyncio.InvalidStateError:
+            assert unfuture.done()
+        assert unfuture.result() == follower.result(PATIENCE) == "struck"
+        assert waiting.result(PATIENCE) == "struck"
+        assert called == [unfuture]
+
+    strike_everywhere(case, act)
+
+
+@unsync
+async def waits(unfuture: Unfuture[str]) -> str:
+    return await unfuture
+
+
+@unsync
+async def waits_for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("by", ["the loop", "a worker"])
+def test_cancels(case: Case, by: str) -> None:
+    def act() -> None:
+        unfuture = case.by_loop if by == "the loop" else case.by_worker
+        follower = Unfuture(unfuture)
+        is_ours = follower.cancel()
+        assert is_ours is unfuture.cancelled() is follower.cancelled()
+        coroutine = waits_for_ever()
+        coroutine.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            coroutine.result(PATIENCE)
+        case.function().cancel()
+
+    strike_everywhere(case, act)
+
+
+def test_many_calls_in_one(case: Case) -> None:
+    def act() -> None:
+        twice = unsync(double, executor=case.executor)
+        assert [call.result(PATIENCE) for call in unsync.calls(twice, range(4))] == [0, 2, 4, 6]
+
+    strike_everywhere(case, act)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("what", ["functions", "coroutines"])
+def test_a_stream_of_results(case: Case, what: str, in_order: bool) -> None:
+    marked = unsync(double, executor=case.executor) if what == "functions" else unsync(redouble)
+
+    def act() -> None:
+        found = list(unsync.map(marked, range(4), in_order=in_order, read_ahead=2))
+        assert sorted(found) == [0, 2, 4, 6]
+
+    strike_everywhere(case, act, 60)
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+async def redouble(number: int) -> int:
+    await asyncio.sleep(0)
+    return 2 * number
+
+
+def test_a_stream_of_a_generator_function(case: Case) -> None:
+    """It runs in the one thread that the pool has."""
+
+    def body() -> Iterator[int]:
+        yield from range(4)
+
+    numbers = unsync(executor=case.executor, read_ahead=2)(body)
+
+    def act() -> None:
+        assert list(numbers()) == [0, 1, 2, 3]
+
+    strike_everywhere(case, act, 60)
+
+
+def test_a_stream_of_an_async_generator_function(case: Case) -> None:
+    @unsync(read_ahead=2)
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(4):
+            yield number
+
+    def act() -> None:
+        assert list(numbers()) == [0, 1, 2, 3]
+        with numbers() as stream:
+            assert next(stream) == 0
+
+    strike_everywhere(case, act, 60)
+
+
+def test_counts(case: Case) -> None:
+    def act() -> None:
+        case.function().result(PATIENCE)
+        assert unsync.stats().threads.started > 0
+        executor = ThreadExecutor(1)
+        executor.shutdown()
+
+    strike_everywhere(case, act)
+
+
+def test_a_ctrl_c_while_it_is_made_done_leaves_nobody_waiting() -> None:
+    """Either it is pending yet, or all have heard."""
+    if sys.implementation.name != "cpython":
+        pytest.skip("its trace functions are not called for each step")
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    def attempt(step: int) -> int:
+        unfuture: Unfuture[int] = Unfuture()
+        follower = Unfuture(Unfuture(unfuture))
+        last = follower.map(str)
+        # What a finalizer raises is only reported.
+        striker = Striker(step, strike, but_in=frozenset({"__del__"}))
+        with striker, contextlib.suppress(KeyboardInterrupt):
+            unfuture.set_result(1)
+        if not unfuture.done():
+            unfuture.set_result(1)
+        assert follower.done(), step
+        with contextlib.suppress(KeyboardInterrupt):  # if it kept a call from the ambient loop
+            assert last.result(PATIENCE) == "1", step
+        return striker.count
+
+    # A collection would have finalizers of what other tests left be struck.
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(1, attempt(-1) + 1):
+            attempt(step)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no setitimer")
+def test_a_signal_handler_calls_and_waits(run_python: Any) -> None:
+    """During calls of all kinds, two thousand times a second."""
+    run = run_python(
+        """
+        import asyncio, signal, time
+        from unsync import Unfuture, unsync
+        from unsync.executors import ThreadExecutor
+
+        pool = ThreadExecutor(1)
+        counts = {"handled": 0}
+        handling = []
+
+        @unsync(executor=pool)
+        def function(number):
+            return number
+
+        @unsync
+        async def coroutine(number):
+            await asyncio.sleep(0)
+            return number
+
+        def handle(*_):
+            if handling:
+                return  # it struck in its own midst
+            handling.append(None)
+            counts["handled"] += 1
+            assert coroutine(1).result(60) == 1
+            assert function(2).result(60) == 2
+            handling.clear()
+
+        async def numbers():
+            for number in range(3):
+                yield number
+
+        handle()
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        until = time.monotonic() + 2
+        rounds = 0
+        while time.monotonic() < until:
+            rounds += 1
+            assert function(rounds).map(str).result(60) == str(rounds)
+            assert coroutine(rounds).then(Unfuture.result).result(60) == rounds
+            assert list(unsync(numbers)()) == [0, 1, 2]
+            assert [call.result(60) for call in unsync.calls(function, range(3))] == [0, 1, 2]
+            assert list(unsync.map(coroutine, range(3))) == [0, 1, 2]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pool.shutdown()  # a worker counts a call after its caller has heard of it
+        work = unsync.stats().threads
+        assert work.pending == 0 and work.failed == 0, work
+        assert work.finished == counts["handled"] + 4 * rounds, (work, counts, rounds)
+        assert counts["handled"] > 100 or rounds < 20, counts
+        print("done")
+        """
+    )
+    assert (run.stdout, run.stderr, run.returncode) == ("done\n", "", 0)

@@ -1,0 +1,163 @@
+"""The Python shown in the README and the docs runs, and does what is said beside it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.needs import skip_without
+from support.waiting import PATIENCE
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The marks of blocks that are not run as programs by themselves, but by a test of their own.
+HAS_ITS_TEST = ("# service.py\n", "# test_", "# bench/service/pipeline_unsync.py\n")
+
+# A busy machine runs what is shown slowly.
+PROGRAM_SECONDS = 500
+
+once = pytest.mark.once  # beside these, the plain core runs the first thing and the last one shown
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def patient(code: str) -> str:
+    """The same, but where it waits for some seconds at most, it does for many."""
+    return re.sub(r"(\.(?:result|shutdown)\((?:timeout=)?)\d+\)", rf"\g<1>{PROGRAM_SECONDS})", code)
+
+
+def blocks() -> list[object]:
+    found = []
+    for page in PAGES:
+        for number, code in enumerate(BLOCK.findall(page.read_text())):
+            if not code.startswith(HAS_ITS_TEST):
+                found.append(pytest.param(code, id=f"{page.name}-{number}"))
+    return found
+
+
+@once
+@pytest.mark.parametrize("code", blocks())
+def test_what_is_shown_runs(run_python: Run, tmp_path: Path, code: str) -> None:
+    # Some interpreters lack some of the companions.
+    for name in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
+        skip_without(name)
+    run = run_python(patient(code), timeout=PROGRAM_SECONDS, env={"IPYTHONDIR": str(tmp_path)})
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_readme_s_taste_prints_what_one_expects(run_python: Run) -> None:
+    code = BLOCK.findall((ROOT / "README.md").read_text())[0]
+    pages = [f"page {n}" for n in range(10)]
+    files = [f"file {n}" for n in range(10)]
+    assert run_python(code, timeout=PROGRAM_SECONDS).stdout.splitlines() == [
+        str(pages + files),
+        "file 1 page 2",
+        "['page 3', 'file 4']",
+        "PAGE 5",
+    ]
+
+
+@once
+def test_the_commands_in_the_readme_exist() -> None:
+    commands = re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == ["demo", "test"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(commands) <= set(targets)
+
+
+@once
+def test_the_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+# How each command that is shown is run.
+COMMANDS = {
+    "pip install .": "by tests/outside/test_packaging.py, which builds and installs",
+    "python -m unsync": "by tests/world/test_main.py",
+    "python -m unsync --json": "by tests/world/test_main.py",
+    "python service.py 8000": "by test_the_tutorial_s_service_answers_and_stops",
+    "curl http://127.0.0.1:8000/apple": "by test_the_tutorial_s_service_answers_and_stops",
+}
+
+
+@once
+def test_each_command_that_is_shown_is_known() -> None:
+    shown = {
+        line
+        for page in PAGES
+        for block in SHELL.findall(page.read_text())
+        for line in block.splitlines()
+    }
+    assert shown == set(COMMANDS)
+
+
+@once
+def test_the_tests_that_are_shown_pass(tmp_path: Path) -> None:
+    skip_without("anyio", "hypothesis", "pytest_asyncio")
+    shown = [
+        block
+        for block in BLOCK.findall((ROOT / "docs" / "how-to" / "testing.md").read_text())
+        if block.startswith("# test_")
+    ]
+    assert len(shown) == 5
+    for block in shown:
+        (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(patient(block))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.", "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "5 passed" in run.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+def test_the_tutorial_s_service_answers_and_stops(tmp_path: Path) -> None:
+    (code,) = [
+        block
+        for block in BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text())
+        if block.startswith("# service.py\n")
+    ]
+    (tmp_path / "service.py").write_text(patient(code))
+    with subprocess.Popen(
+        [sys.executable, "service.py", "0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as service:
+        try:
+            assert service.stdout is not None
+            port = int(service.stdout.readline().rpartition(":")[2])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection.request("GET", "/apple")
+            answer = connection.getresponse()
+            assert answer.status == 200
+            assert json.load(answer) == {"name": "apple", "price": 5, "stock": 50}
+            connection.close()
+            service.send_signal(signal.SIGTERM)
+            stdout, stderr = service.communicate(timeout=PATIENCE)
+        finally:
+            service.kill()
+    assert (service.returncode, stdout) == (0, "stopped\n")
+    assert '"GET /apple HTTP/1.1" 200' in stderr
+
+
+@once
+def test_each_room_of_the_house_is_in_the_architecture_s_table() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "unsync").glob("*.py*"):
+        if path.suffix in {".py", ".pyx"}:
+            assert f"`unsync/{path.name}`" in text, path.name

@@ -1,0 +1,251 @@
+"""What has served lets go of what it had, by its references alone: it is in no cycle."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+from support.failures import Boom, failures, wait
+from support.waiting import (
+    PATIENCE,
+    collect,
+    wait_until,
+    wait_until_gone,
+    wait_until_suspended,
+)
+
+from unsync import Unfuture, unsync
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What goes away now does so without the garbage collector: it is in no reference cycle."""
+    if sys.implementation.name != "cpython":
+        pytest.skip("reference counting")
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def in_the_ambient_loop(function: Callable[[], object]) -> None:
+    async def call() -> None:
+        function()
+
+    asyncio.run_coroutine_threadsafe(call(), unsync.loop).result(PATIENCE)
+
+
+def raise_result(unfuture: Unfuture[Any]) -> None:
+    try:
+        unfuture.result(PATIENCE)
+    finally:
+        # The traceback holds this frame; a cycle through it would be the test's own.
+        del unfuture
+
+
+def raise_awaited_when_done(unfuture: Unfuture[Any]) -> None:
+    # Without a loop, since asyncio.run() leaves a cycle of its own.
+    wait_until(unfuture.done)
+    try:
+        wait(unfuture).send(None)
+    finally:
+        del unfuture
+
+
+def raise_awaited_in_the_ambient_loop(unfuture: Unfuture[Any]) -> None:
+    try:
+        Unfuture(wait(unfuture)).result(PATIENCE)
+    finally:
+        del unfuture
+
+
+@failures
+@pytest.mark.parametrize(
+    "look", [raise_result, raise_awaited_when_done, raise_awaited_in_the_ambient_loop]
+)
+@pytest.mark.usefixtures("no_collector")
+def test_a_failure_leaves_no_reference_cycle(
+    make: Callable[[], Unfuture[Any]], look: Callable[[Unfuture[Any]], None]
+) -> None:
+    unfuture = make()
+    try:
+        look(unfuture)
+    except Boom as exc:
+        error = weakref.ref(exc)
+    reference = weakref.ref(unfuture)
+    del unfuture
+    wait_until_gone(reference, error)
+
+
+@pytest.mark.parametrize("where", ["thread", "loop"])
+@pytest.mark.usefixtures("no_collector")
+def test_a_failure_leaves_no_reference_cycle_in_who_waited_for_it(where: str) -> None:
+    unfuture: Unfuture[Any] = Unfuture()
+    waiting = Unfuture(wait(unfuture))
+    wait_until_suspended(wait.__qualname__)
+    if where == "loop":
+        in_the_ambient_loop(partial(unfuture.set_exception, Boom("bad")))
+    else:
+        unfuture.set_exception(Boom("bad"))
+    try:
+        raise_result(waiting)
+    except Boom as exc:
+        error = weakref.ref(exc)
+    references = [weakref.ref(unfuture), weakref.ref(waiting)]
+    del unfuture, waiting
+    wait_until_gone(*references, error)
+
+
+@pytest.mark.parametrize("look", [raise_result, raise_awaited_when_done])
+@pytest.mark.usefixtures("no_collector")
+def test_a_cancellation_leaves_no_reference_cycle(look: Callable[[Unfuture[Any]], None]) -> None:
+    unfuture: Unfuture[Any] = Unfuture()
+    unfuture.cancel()
+    reference = weakref.ref(unfuture)
+    try:
+        look(unfuture)
+    except asyncio.CancelledError as exc:
+        error = weakref.ref(exc)
+    del unfuture
+    assert reference() is None
+    assert error() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_it_can_be_referred_to_weakly() -> None:
+    unfuture: Unfuture[int] = Unfuture()
+    reference = weakref.ref(unfuture)
+    assert reference() is unfuture
+    del unfuture
+    assert reference() is None
+
+
+class Thing:
+    """Can be referred to weakly."""
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_what_a_concurrent_future_gives_is_in_no_reference_cycle() -> None:
+    future: concurrent.futures.Future[Thing] = concurrent.futures.Future()
+    unfuture = Unfuture(future)
+    future.set_result(Thing())
+    references = [weakref.ref(unfuture), weakref.ref(unfuture.result(PATIENCE))]
+    del unfuture, future
+    wait_until_gone(*references)
+
+
+def finished_by_hand(value: object) -> None:
+    unfuture: Unfuture[object] = Unfuture()
+    unfuture.set_result(value)
+
+
+def finished_from_the_start(value: object) -> None:
+    Unfuture.from_value(value)
+
+
+def that_somebody_has_waited_for(value: object) -> None:
+    unfuture: Unfuture[object] = Unfuture()
+    told: list[object] = []
+    unfuture.add_done_callback(told.append)
+    unfuture.set_result(value)
+
+
+def that_a_weak_reference_has_seen(value: object) -> None:
+    unfuture = Unfuture.from_value(value)
+    assert weakref.ref(unfuture)() is unfuture
+
+
+def of_a_subclass(value: object) -> None:
+    class Mine(Unfuture[object]):
+        pass
+
+    Mine.from_value(value)
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="objects have no counts here")
+@pytest.mark.parametrize(
+    "make",
+    [
+        finished_by_hand,
+        finished_from_the_start,
+        that_somebody_has_waited_for,
+        that_a_weak_reference_has_seen,
+        of_a_subclass,
+    ],
+)
+def test_what_has_served_lets_go_of_all_that_it_had(make: Callable[[object], None]) -> None:
+    value = 10**40  # which refers to nothing, and is no constant
+    make(value)
+    collect()
+    before = [sys.getrefcount(each) for each in (value, None)]
+    for _ in range(1000):
+        make(value)
+    collect()
+    after = [sys.getrefcount(each) for each in (value, None)]
+    assert after[0] == before[0]
+    assert abs(after[1] - before[1]) < 500  # others have it, too
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="objects have no counts here")
+def test_a_call_that_has_served_lets_go_of_its_function_s_name() -> None:
+    def give() -> int:
+        return 1
+
+    give.__qualname__ = name = "a name that is no constant".title()
+    marked = unsync(give)
+    marked().result(PATIENCE)
+    before = sys.getrefcount(name)
+    for _ in range(1000):
+        marked().result(PATIENCE)
+    assert sys.getrefcount(name) < before + 100  # the worker may not be done with the last ones
+
+
+def test_who_is_referred_to_weakly_tells_of_its_end() -> None:
+    unfuture = Unfuture.from_value(1)
+    told: list[object] = []
+    reference = weakref.ref(unfuture, told.append)
+    del unfuture
+    collect()
+    assert told == [reference]
+    assert reference() is None
+
+
+@pytest.mark.skipif(sys.implementation.name == "pypy", reason="a collection there frees one")
+def test_a_long_line_of_results_is_freed_without_recursion() -> None:
+    unfuture: Unfuture[Any] = Unfuture.from_value(1)
+    last = weakref.ref(unfuture)
+    for _ in range(200_000):
+        unfuture = Unfuture.from_value(unfuture)
+    del unfuture
+    collect()
+    assert last() is None
+
+
+def test_a_run_of_calls_keeps_neither_calls_nor_results() -> None:
+    class Thing:
+        pass
+
+    @unsync
+    async def make() -> Thing:
+        return Thing()
+
+    @unsync
+    async def main() -> list[int]:
+        refs: list[weakref.ref[Any]] = []
+        alive = []
+        for _ in range(400):
+            unfuture = make()
+            refs += weakref.ref(unfuture), weakref.ref(await unfuture)
+            del unfuture
+            if len(refs) % 100 == 0:
+                collect()
+                alive.append(sum(ref() is not None for ref in refs[-200:]))
+        return alive
+
+    assert max(main().result(PATIENCE)) < 10

@@ -1,0 +1,846 @@
+"""After a fork: the child starts afresh, its parent's pending work neither hangs nor repeats.
+
+Each test is a program of its own. It and its children kill themselves if they hang, and show where
+each thread stands, so that a fault is a failure of the program and not of its patience.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import textwrap
+from collections.abc import Callable
+
+import pytest
+from support.waiting import PATIENCE
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# Seconds that a program has: fewer than it is given from outside. A fork resets the alarm.
+ALARM = int(1.8 * PATIENCE)
+
+# Python's own word on every fork beside a thread, from 3.12 on.
+FLAGS = ("-X", "dev", "-W", "ignore:This process:DeprecationWarning")
+
+# What asyncio's debug mode, part of the development mode, says on a machine under load.
+SLOW = re.compile(r"^Executing <.*> took \d+\.\d+ seconds\n", re.MULTILINE)
+
+# What the resource tracker of newer releases of CPython 3.13 says as a forked child ends: it waits
+# for the tracker's process, which is a child of its parent.
+TRACKER = re.compile(
+    r"^Exception ignored in: <function ResourceTracker.__del__ .*\n"
+    r"(?:[ T].*\n)+ChildProcessError: .*\n",
+    re.MULTILINE,
+)
+
+# The beginning of every program; the rest of it stands below the guard.
+PRELUDE = """
+import asyncio
+import concurrent.futures
+import faulthandler
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+from unsync import Unfuture, unsync
+
+faulthandler.register(signal.SIGALRM, chain=True)
+
+
+@unsync
+async def coroutine(x=1):
+    await asyncio.sleep(0)
+    return x + 1
+
+
+@unsync
+def function(x=1):
+    return x + 2
+
+
+@unsync(cpu_bound=True)
+def process(x=1):
+    return x + 3
+
+
+def start(in_child):
+    # Forks; the child calls the function and ends with status 0 if nothing was raised.
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        status = 1
+        try:
+            in_child()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+
+def join(pid):
+    assert os.waitpid(pid, 0) == (pid, 0), "a child failed"
+
+
+def fork(in_child):
+    join(start(in_child))
+
+
+def use_all(processes=False):
+    assert coroutine().result(60) == 2
+    assert function().result(60) == 3
+    assert coroutine().then(lambda unfuture: unfuture.result() + 10).result(60) == 12
+    assert function().map(coroutine).result(60) == 4
+    assert asyncio.run(wait_for_both()) == [2, 3]
+    assert unsync.thread.is_alive()
+    if processes:
+        assert process().result(60) == 4
+        assert process().then(process_outcome).result(60) == 7
+        assert unsync.shutdown(60)  # a child that ends with os._exit would leave its pool behind
+
+
+async def wait_for_both():
+    return list(await asyncio.gather(coroutine(), function()))
+
+
+@unsync(cpu_bound=True)
+def process_outcome(unfuture):
+    return unfuture.result() + 3
+
+
+@unsync(cpu_bound=True)
+def running_process():
+    while not os.path.exists("release"):
+        time.sleep(0.001)
+    return "parent"
+
+
+"""
+
+
+@pytest.fixture
+def end(run_python: Run) -> Callable[..., str]:
+    """Runs a program that must end with status 0 and nothing on stderr; returns its output.
+
+    Its main part is given without the guard. The functions are those that other processes import.
+    """
+
+    def run(main: str, *, functions: str = "", **env: str) -> str:
+        main = f"\nsignal.alarm({ALARM})\n{main}"
+        guarded = "\nif __name__ == '__main__':" + textwrap.indent(main, "    ")
+        done = run_python(PRELUDE + functions + guarded, *FLAGS, env=env)
+        assert TRACKER.sub("", SLOW.sub("", done.stderr)) == ""
+        assert done.returncode == 0
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
+def test_the_child_works_and_so_does_the_parent(
+    used: bool, processes: bool, end: Callable[..., str]
+) -> None:
+    end(f"""
+if {used}:
+    use_all({processes})
+fork(lambda: use_all({processes}))
+use_all({processes})
+""")
+
+
+def test_a_child_can_fork_in_turn(end: Callable[..., str]) -> None:
+    end("""
+def child():
+    use_all()
+    fork(grandchild)
+    use_all()
+
+def grandchild():
+    use_all()
+    fork(use_all)
+
+use_all()
+fork(child)
+use_all()
+""")
+
+
+def test_from_a_worker_thread(end: Callable[..., str]) -> None:
+    end("""
+unsync(fork)(use_all).result(60)
+use_all()
+""")
+
+
+def test_from_the_ambient_thread(end: Callable[..., str]) -> None:
+    end("""
+@unsync
+async def forker():
+    # Not waited for here: that would block the loop.
+    return start(use_all)
+
+join(forker().result(60))
+use_all()
+""")
+
+
+def test_from_a_foreign_loop(end: Callable[..., str]) -> None:
+    end("""
+async def main():
+    pending = unsync(lambda: released.wait(60))()
+    waiting = asyncio.create_task(asyncio.wait_for(pending, 60))
+    await asyncio.sleep(0)
+    pid = start(use_all)
+    released.set()
+    await waiting
+    join(pid)
+    return await coroutine()
+
+released = threading.Event()
+assert asyncio.run(main()) == 2
+use_all()
+""")
+
+
+# The parent's work, as the child sees it. `release` lets it end in the parent.
+PARENTS_WORK = """
+begun = threading.Event()
+release = threading.Event()
+
+
+@unsync
+async def running_coroutine():
+    begun.set()
+    while not release.is_set():
+        await asyncio.sleep(0.001)
+    return "parent"
+
+
+@unsync
+async def blocked_loop():
+    begun.set()
+    release.wait(60)
+    return "parent"
+
+
+@unsync
+def running_function():
+    begun.set()
+    release.wait(60)
+    return "parent"
+
+
+@unsync
+def queued_function():
+    return "parent"
+
+
+async def foreign():
+    while not release.is_set():
+        await asyncio.sleep(0.001)
+    return "parent"
+
+
+def make_running_coroutine():
+    unfuture = running_coroutine()
+    begun.wait(60)
+    return unfuture
+
+
+def make_queued_coroutine():
+    blocked_loop()
+    begun.wait(60)
+    return running_coroutine()
+
+
+def make_running_function():
+    unfuture = running_function()
+    begun.wait(60)
+    return unfuture
+
+
+def make_queued_function():
+    unsync.thread_executor = type(unsync.thread_executor)(1)
+    running_function()
+    begun.wait(60)
+    return queued_function()
+
+
+def make_running_process():
+    return running_process()
+
+
+def make_continuation():
+    return make_running_coroutine().then(lambda unfuture: unfuture.result())
+
+
+def make_follower():
+    return Unfuture(make_running_coroutine())
+
+
+def make_flattened():
+    return Unfuture.from_value(1).then(lambda unfuture: running_coroutine())
+
+
+def make_of_a_coroutine():
+    return Unfuture(foreign())
+
+
+def make_of_a_concurrent_future():
+    return Unfuture(concurrent.futures.ThreadPoolExecutor(1).submit(release.wait, 60)).map(
+        lambda value: "parent"
+    )
+
+
+def make_of_an_asyncio_task():
+    return Unfuture(asyncio.run_coroutine_threadsafe(foreign(), unsync.loop)).map(str)
+
+
+def is_orphan(exc):
+    return type(exc) is RuntimeError and f"(pid {os.getpid()}) and will never finish" in str(exc)
+
+
+def let_go():
+    release.set()
+    open("release", "w").close()
+
+
+"""
+
+KINDS = [
+    "running_coroutine",
+    "queued_coroutine",
+    "running_function",
+    "queued_function",
+    "running_process",
+    "continuation",
+    "follower",
+    "flattened",
+    "of_a_coroutine",
+    "of_a_concurrent_future",
+    "of_an_asyncio_task",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_parents_pending_work_fails_in_the_child_and_ends_in_the_parent(
+    kind: str, end: Callable[..., str]
+) -> None:
+    end(f"""
+{PARENTS_WORK}
+unfuture = make_{kind}()
+
+def child():
+    assert is_orphan(unfuture.exception(60)), unfuture
+    assert unfuture.done() and not unfuture.running() and not unfuture.cancelled()
+
+fork(child)
+assert not unfuture.done()
+let_go()
+assert unfuture.result(60) == "parent"
+""")
+
+
+WAYS = {
+    "result": """
+    try:
+        unfuture.result(60)
+    except RuntimeError as exc:
+        assert is_orphan(exc)
+    else:
+        raise AssertionError(unfuture)
+""",
+    "await": """
+    async def wait():
+        return await asyncio.gather(unfuture, return_exceptions=True)
+
+    (exc,) = asyncio.run(asyncio.wait_for(wait(), 60))
+    assert is_orphan(exc), exc
+    (exc,) = unsync(wait)().result(60)
+    assert is_orphan(exc), exc
+""",
+    "then": """
+    assert is_orphan(unfuture.then(print).exception(60))
+    assert is_orphan(unfuture.map(print).exception(60))
+""",
+    "callback": """
+    called = []
+    unfuture.add_done_callback(called.append)
+    assert called == [unfuture]
+    assert is_orphan(unfuture.exception(0))
+""",
+    "polling": """
+    until = time.monotonic() + 60
+    while not unfuture.done():
+        assert time.monotonic() < until
+    assert is_orphan(unfuture.exception(0))
+""",
+    "running": """
+    assert not unfuture.running()
+    assert is_orphan(unfuture.exception(0))
+""",
+    "concurrent_wait": """
+    done, not_done = concurrent.futures.wait([unfuture], 60)
+    assert done == {unfuture}
+    assert is_orphan(unfuture.exception(0))
+""",
+    "concurrent_as_completed": """
+    assert list(concurrent.futures.as_completed([unfuture], 60)) == [unfuture]
+    assert is_orphan(unfuture.exception(0))
+""",
+    "asyncio_wait": """
+    async def wait():
+        return await asyncio.wait([asyncio.ensure_future(unfuture)], timeout=60)
+
+    done, not_done = asyncio.run(wait())
+    assert [is_orphan(each.exception()) for each in done] == [True]
+""",
+    "cancel": """
+    assert not unfuture.cancel()
+    assert is_orphan(unfuture.exception(60))
+""",
+    "set_result": """
+    try:
+        unfuture.set_result(1)
+    except concurrent.futures.InvalidStateError:
+        assert is_orphan(unfuture.exception(0))
+    else:
+        raise AssertionError(unfuture)
+""",
+    "follower": """
+    assert is_orphan(Unfuture(unfuture).exception(60))
+""",
+}
+
+
+@pytest.mark.parametrize("kind", ["running_coroutine", "running_function"])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_to_look_at_the_parents_work_hangs(
+    way: str, kind: str, end: Callable[..., str]
+) -> None:
+    end(f"""
+{PARENTS_WORK}
+unfuture = make_{kind}()
+
+def child():
+{WAYS[way]}
+
+fork(child)
+let_go()
+assert unfuture.result(60) == "parent"
+""")
+
+
+def test_what_nobody_looks_at_in_the_child_is_not_reported_there(end: Callable[..., str]) -> None:
+    end(f"""
+{PARENTS_WORK}
+unfuture = make_queued_function()
+
+def child():
+    global unfuture
+    assert unfuture.done()
+    del unfuture
+    gc.collect()
+
+fork(child)
+let_go()
+assert unfuture.result(60) == "parent"
+""")
+
+
+def test_a_finished_one_keeps_its_outcome(end: Callable[..., str]) -> None:
+    end("""
+finished = [coroutine(), function(), process()]
+finished.append(finished[0].map(str))
+failed = unsync(lambda: 1 // 0)()
+cancelled = Unfuture()
+cancelled.cancel()
+concurrent.futures.wait([*finished, failed], 60)
+
+def look():
+    assert [each.result(60) for each in finished] == [2, 3, 4, "2"]
+    assert isinstance(failed.exception(60), ZeroDivisionError)
+    assert cancelled.cancelled()
+    assert finished[0].then(lambda unfuture: unfuture.result()).result(60) == 2
+
+fork(look)
+look()
+""")
+
+
+def test_a_plain_one_can_be_set_in_the_child(end: Callable[..., str]) -> None:
+    end("""
+plain = Unfuture()
+waiters = [threading.Thread(target=plain.result) for _ in range(3)]
+for waiter in waiters:
+    waiter.start()
+
+async def wait():
+    return await plain
+
+awaiting = unsync(wait)()
+
+def child():
+    assert not plain.done()
+    chained = plain.then(lambda unfuture: unfuture.result() + 1)
+    plain.set_result(1)
+    assert plain.result(60) == 1
+    assert chained.result(60) == 2
+    assert asyncio.run(wait()) == 1
+
+fork(child)
+assert not plain.done()
+plain.set_result(5)
+assert awaiting.result(60) == 5
+for waiter in waiters:
+    waiter.join(60)
+    assert not waiter.is_alive()
+""")
+
+
+def test_the_parents_work_is_done_once(end: Callable[..., str]) -> None:
+    output = end("""
+release = threading.Event()
+
+@unsync
+async def block():
+    release.wait(60)
+
+@unsync
+async def log_coroutine():
+    os.write(1, b"coroutine\\n")
+
+@unsync
+def wait():
+    release.wait(60)
+
+@unsync
+def log_function():
+    os.write(1, b"function\\n")
+
+unsync.thread_executor = type(unsync.thread_executor)(2)
+work = [block(), wait(), wait()]
+work += [log_coroutine() for _ in range(5)] + [log_function() for _ in range(5)]
+work.append(work[0].then(lambda unfuture: os.write(1, b"continuation\\n")))
+fork(use_all)
+release.set()
+for unfuture in work:
+    unfuture.result(60)
+""")
+    assert sorted(output.split()) == ["continuation"] + 5 * ["coroutine"] + 5 * ["function"]
+
+
+def test_many_forks_under_load(end: Callable[..., str]) -> None:
+    end("""
+stop = threading.Event()
+
+def load():
+    while not stop.is_set():
+        calls = [coroutine(number) for number in range(20)]
+        calls += [function(number) for number in range(20)]
+        calls += [call.then(lambda unfuture: unfuture.result()) for call in calls]
+        calls.append(asyncio.run(wait_for_both()) and coroutine())
+        for call in calls:
+            call.result(60)
+
+def child():
+    assert coroutine().result(60) == 2
+    assert function().result(60) == 3
+    assert coroutine().map(function).result(60) == 4
+
+threads = [threading.Thread(target=load) for _ in range(2)]
+for thread in threads:
+    thread.start()
+try:
+    for _ in range(15):
+        children = [start(child) for _ in range(2)]
+        for pid in children:
+            join(pid)
+finally:
+    stop.set()
+for thread in threads:
+    thread.join(60)
+    assert not thread.is_alive()
+use_all()
+""")
+
+
+def test_the_child_asks_for_nothing_that_other_threads_may_use(end: Callable[..., str]) -> None:
+    # Without the GIL the lock of such a dict may be held in the child for ever.
+    end("""
+class Modules(dict):
+    def get(self, *arguments):
+        assert os.getpid() == parent, arguments
+        return super().get(*arguments)
+
+use_all()
+parent = os.getpid()
+sys.modules = Modules(sys.modules)
+fork(lambda: None)
+""")
+
+
+def test_forks_while_other_threads_touch_the_settings(end: Callable[..., str]) -> None:
+    end("""
+stop = threading.Event()
+
+def touch():
+    while not stop.is_set():
+        unsync.loop, unsync.thread, unsync.thread_executor, unsync.process_executor
+
+def child():
+    touched = unsync.loop, unsync.thread, unsync.thread_executor, unsync.process_executor
+    assert coroutine().result(60) == 2
+    assert unsync.shutdown(60)  # a child that ends with os._exit would leave its pool's semaphores
+
+threads = [threading.Thread(target=touch) for _ in range(2)]
+for thread in threads:
+    thread.start()
+try:
+    for _ in range(20):
+        fork(child)
+finally:
+    stop.set()
+for thread in threads:
+    thread.join(60)
+""")
+
+
+def test_settings_hold_in_the_child(end: Callable[..., str]) -> None:
+    pytest.importorskip("uvloop")
+    end("""
+import uvloop
+
+unsync.loop_factory = uvloop.new_event_loop
+unsync.thread_executor = type(unsync.thread_executor)(1, "mine")
+use_all()
+loop = unsync.loop
+
+def child():
+    use_all()
+    assert unsync.loop is not loop and isinstance(unsync.loop, uvloop.Loop)
+    name = unsync(lambda: threading.current_thread().name)().result(60)
+    assert name.startswith("mine"), name
+
+fork(child)
+use_all()
+assert unsync.loop is loop
+""")
+
+
+def test_shutdown_in_the_child_leaves_the_parent_alone(end: Callable[..., str]) -> None:
+    end(f"""
+{PARENTS_WORK}
+unfuture = make_running_coroutine()
+
+def child():
+    assert unsync.shutdown(timeout=60)
+    use_all()
+    assert unsync.shutdown(timeout=60)
+
+fork(child)
+let_go()
+assert unfuture.result(60) == "parent"
+use_all()
+""")
+
+
+# The child's end.
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
+def test_a_child_that_ends_as_programs_do_is_quiet(
+    used: bool, loop: str, end: Callable[..., str]
+) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    output = end(f"""
+{PARENTS_WORK}
+if {loop!r} == "uvloop":
+    import uvloop
+
+    unsync.loop_factory = uvloop.new_event_loop
+unfuture = make_running_coroutine()
+more = [make_running_function(), unfuture.then(print)]
+sys.stdout.flush()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    if {used}:
+        use_all()
+        assert process().result(60) == 4
+        pending = running_coroutine()
+    print("child")
+    sys.exit(3)
+assert os.waitpid(pid, 0) == (pid, 3 << 8)
+let_go()
+assert unfuture.result(60) == more[0].result(60) == "parent"
+""")
+    assert output.splitlines()[0] == "child"
+
+
+def test_a_child_that_ends_while_the_parent_has_worker_processes_is_quiet(
+    end: Callable[..., str],
+) -> None:
+    end(f"""
+{PARENTS_WORK}
+unfuture = running_process()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    assert is_orphan(unfuture.exception(60))
+    sys.exit(3)
+assert os.waitpid(pid, 0) == (pid, 3 << 8)
+let_go()
+assert unfuture.result(60) == "parent"
+""")
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_process_of_multiprocessing(method: str, end: Callable[..., str]) -> None:
+    end(
+        """
+multiprocessing.set_start_method(os.environ["START_METHOD"])
+use_all(processes=True)
+children = [multiprocessing.Process(target=target) for _ in range(2)]
+for child in children:
+    child.start()
+for child in children:
+    child.join(60)
+    assert child.exitcode == 0, child
+use_all()
+""",
+        functions="""
+def target():
+    use_all()
+    assert process().result(60) == 4  # its pool is left to the end of the process
+    global pending
+    pending = unsync(asyncio.sleep)(3600)
+""",
+        START_METHOD=method,
+    )
+
+
+def test_threads_of_a_child_look_at_a_pending_one_at_once(end: Callable[..., str]) -> None:
+    # The fallback is stopped at each of its lines; the compiled core has no lines to stop at.
+    end("""
+LINES = 12
+pending = [Unfuture() for _ in range(LINES)]
+for unfuture in pending:
+    unfuture.set_running_or_notify_cancel()
+
+def child():
+    for k, unfuture in enumerate(pending):
+        called = threading.Event()
+        other = threading.Thread(target=unfuture.add_done_callback, args=[lambda _: called.set()])
+        lines = iter(range(LINES))
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_name == "_check_fork":
+                if event == "line" and next(lines, None) == k:
+                    other.start()
+                    other.join(0.1)
+                return trace
+
+        sys.settrace(trace)
+        assert unfuture.done()
+        sys.settrace(None)
+        if other.ident is None:
+            other.start()
+        assert called.wait(60), f"the callback was lost at line {k}"
+
+fork(child)
+""")
+
+
+# An executor that a callable gives.
+
+GIVEN = """
+import concurrent.futures
+import multiprocessing
+import os
+import threading
+
+from unsync import unsync
+
+begun, go_on = threading.Event(), threading.Event()
+giver = os.getpid()
+made = []
+
+
+def give():
+    if os.getpid() == giver and {is_busy}:
+        begun.set()
+        assert go_on.wait(60)
+    made.append({give})
+    return made[-1]
+
+
+@unsync{options}
+def where():
+    return os.getpid()
+
+
+if __name__ == "__main__":
+    {setting}
+    calls = []
+    first = threading.Thread(target=lambda: calls.append(where()))
+    first.start()
+    if {is_busy}:
+        assert begun.wait(60)
+    else:
+        first.join(60)
+        assert calls[0].result(60)
+    pid = os.fork()
+    if not pid:
+        found = where().result(60)
+        assert ({is_process} and found not in (giver, os.getpid())) or found == os.getpid(), found
+        made[-1].shutdown()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    go_on.set()
+    first.join(60)
+    assert calls[0].result(60) != pid
+"""
+
+
+@pytest.mark.parametrize("is_busy", [True, False], ids=["while it is made", "afterwards"])
+@pytest.mark.parametrize("place", ["executor=", "thread_executor", "process_executor"])
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_child_is_given_an_executor_of_its_own_and_nothing_hangs(
+    run_python: Run, place: str, is_busy: bool, kind: str
+) -> None:
+    program = GIVEN.format(
+        is_busy=is_busy,
+        is_process=kind == "processes",
+        give={
+            "threads": "concurrent.futures.ThreadPoolExecutor(1)",
+            # A fork server is not at the disposal of children that os.fork makes.
+            "processes": "concurrent.futures.ProcessPoolExecutor("
+            "1, mp_context=multiprocessing.get_context('fork'))",
+        }[kind],
+        options={
+            "executor=": "(executor=give)",
+            "thread_executor": "",
+            "process_executor": "(cpu_bound=True)",
+        }[place],
+        setting="pass" if place == "executor=" else f"unsync.{place} = give",
+    )
+    done = run_python(program, "-W", "ignore:This process:DeprecationWarning")
+    assert done.stderr == ""
+    assert done.returncode == 0
