@@ -3651,7 +3651,7 @@ cdef class JobQueue(_Line):
         return idle
 
     cdef relieve(self):
-        """Called by a worker that waits or ends: has another one go on with the line.
+        """Called by a worker that waits: has another one go on with the line.
 
         Returns why none could be started.
         """
@@ -3795,15 +3795,23 @@ cdef class JobQueue(_Line):
             first = following
         return stranded
 
-    cdef int end_worker(self) except -1:
-        """Counts one worker less."""
-        cdef bint ended
+    cdef int end_worker(self, bint relieve) except -1:
+        """Counts one worker less.
+
+        :param relieve: has another one go on with the line, and in the same section: who looks in
+            between would find nobody at work, and take that for the end of all hope.
+        """
+        cdef _Blocked idle = None
+        cdef bint ended, spawn = False
         lock(self)
         self._workers -= 1
+        if relieve:
+            idle = self.reinforce(&spawn)
         ended = self._workers == 0 and self._refuse is not None
         unlock(self)
         if ended:
             self._ended.set()
+        self.send_for(idle, spawn)
         return 0
 
     def work(self, prepare=None):
@@ -3830,7 +3838,7 @@ cdef class JobQueue(_Line):
             if prepare is not None:
                 prepare()
         except BaseException:
-            self.end_worker()
+            self.end_worker(False)
             raise
         try:
             this_worker = <PyObject *>worker
@@ -3904,8 +3912,7 @@ cdef class JobQueue(_Line):
             if WITH_GIL:
                 self._rousing = False
             if counted:
-                self.end_worker()
-                self.relieve()
+                self.end_worker(True)
 
     cdef inline void count_ended(self, Unfuture unfuture, bint begun) noexcept:
         """In the section: a worker is through with it."""

@@ -3069,7 +3069,7 @@ class JobQueue:
             worker.job = self._jobs.popleft()
         except IndexError:
             return False
-        worker.taken += 1
+        worker.moves += 1
         self._tally.add(TAKEN)
         return True
 
@@ -3089,6 +3089,7 @@ class JobQueue:
         bed = worker.bed = threading.Lock()
         bed.acquire()
         try:
+            worker.moves += 1
             self._idle[bed] = worker
             if self._is_beyond(self._idle, bed, self._limit):
                 return False
@@ -3114,25 +3115,26 @@ class JobQueue:
         """Whether some worker is at work, or may begin."""
         return any(worker.is_up() for worker in list(self._workers))
 
-    def _is_stuck(self) -> bool:
+    def _is_stuck(self, looking: _Worker) -> bool:
         """Whether no worker is at work, and all wait for jobs that stand in the queue."""
-        taken = self._taken()
+        before = self._moves()
         queued = {id(job): job for job in _listed(self._jobs)}
-        waiting = list(self._waiting)
         waits: list[tuple[Unfuture[Any], Unfuture[Any]]] = []
-        for worker in waiting:
+        for worker in list(self._waiting):
             job, awaited = worker.job, worker.awaited
             if job is None or awaited is None:
                 return False
             waits.append((job, awaited))
         if not queued or self._may_work() or not waits_for_ever(Unfuture, queued, waits):
             return False
-        # If nobody has moved since.
-        return taken == self._taken() and list(self._waiting) == waiting and not self._may_work()
+        # Who waits, goes idle or ends shows that first, and calls up another one then. It may have
+        # been held up in between; so that is done for it here.
+        looking.failure = self._call_up()
+        return before == self._moves() and not self._may_work()
 
-    def _taken(self) -> int:
-        """How many jobs the workers have taken, those that there are."""
-        return sum(worker.taken for worker in list(self._workers))
+    def _moves(self) -> list[tuple[_Worker, int]]:
+        """What is another one as soon as a worker has come, gone or moved."""
+        return [(worker, worker.moves) for worker in list(self._workers)]
 
     def _end_worker(self, worker: _Worker) -> None:
         """Counts one worker less."""
@@ -3218,9 +3220,9 @@ class _Worker:
         "failure",
         "found_by",
         "job",
+        "moves",
         "queue",
         "requests",
-        "taken",
         "to_begin",
         "waits",
     )
@@ -3236,12 +3238,12 @@ class _Worker:
         self.failure: Exception | None = None
         # How often it has given up all its waits, at the end of a job: those are nobody's any more.
         self.era = 0
-        # What it works on, what it waits for, and what it sleeps in while it is idle; and how many
-        # jobs it has taken.
+        # What it works on, what it waits for, and what it sleeps in while it is idle; and how often
+        # it has taken a job, begun to wait or gone idle.
         self.job: Unfuture[Any] | None = None
         self.awaited: Unfuture[Any] | None = None
         self.bed: threading.Lock | None = None
-        self.taken = 0
+        self.moves = 0
         # Which call of a job that makes several it is at; and what to interrupt, while it waits
         # outside of a loop of its own.
         self.call: Unfuture[Any] | None = None
@@ -3262,14 +3264,15 @@ class _Worker:
         """Called before it waits for `unfuture`, or None for something unknown."""
         self.waits += 1
         queue = self.queue
-        if self in queue._waiting:
-            return
-        self.awaited = unfuture
-        queue._waiting[self] = None
-        if self.bed is not None:
-            # In a finalizer, which has come as it went idle.
-            queue._wake(self.bed)
-        queue._leave(self.job)
+        if self not in queue._waiting:
+            self.moves += 1
+            self.awaited = unfuture
+            queue._waiting[self] = None
+            if self.bed is not None:
+                # In a finalizer, which has come as it went idle.
+                queue._wake(self.bed)
+            queue._leave(self.job)
+        # Each time: a finalizer may have come just before, and now it waits in here.
         self.failure = queue._call_up()
 
     def end_wait(self, era: int) -> None:
@@ -3380,7 +3383,7 @@ class _Worker:
         while self.waits == 1 and queue._none_at_work():
             # Nobody else would see to the queue. What is waited for may come to hang upon it
             # later on, as when a coroutine calls a function. With a timeout it is no deadlock.
-            if timeout is None and queue._is_stuck() and unfuture._status < CANCELLED:
+            if timeout is None and queue._is_stuck(self) and unfuture._status < CANCELLED:
                 raise exhausted_error(len(queue._workers), unfuture, self.failure)
             left = LOOK_AGAIN_SECONDS
             if until is not None:

@@ -17,6 +17,7 @@ import dis
 import gc
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,8 @@ from unsync import ACCELERATED, Unfuture, unsync
 from unsync.executors import ThreadExecutor
 
 pytestmark = pytest.mark.alone  # there is one main thread
+
+CORE = "unsync._core" if ACCELERATED else "unsync._core_py"
 
 # So many steps of a case are struck at most, spread over all that it makes.
 STRIKES = 100
@@ -129,11 +132,49 @@ def strike_everywhere(case: Case, act: Callable[[], object], strikes: int = STRI
         return striker.count
 
     steps = max(attempt(-1) for _ in range(3))
-    stride = max(1, steps // strikes)
-    # The second half of them between the first, so that a failure shows soon.
-    for step in [*range(1, steps + 1, 2 * stride), *range(1 + stride, steps + 1, 2 * stride)]:
+    for step in strides(steps, strikes):
         attempt(step)
     case.strike()  # nothing is left that keeps it from that
+
+
+def strides(steps: int, strikes: int) -> list[int]:
+    """Which of so many steps to strike at: the second half of them between the first.
+
+    So that a failure shows soon.
+    """
+    stride = max(1, steps // strikes)
+    return [*range(1, steps + 1, 2 * stride), *range(1 + stride, steps + 1, 2 * stride)]
+
+
+def test_a_worker_that_is_held_up_as_it_waits_is_not_taken_for_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another one, which waits for it, looks meanwhile whether there is any hope."""
+    if sys.implementation.name != "cpython":
+        pytest.skip("its trace functions are not called for each step")
+    monkeypatch.setattr(f"{CORE}.LOOK_AGAIN_SECONDS", 0.001)
+    executor = ThreadExecutor(1)
+
+    @unsync(executor=executor)
+    def inner() -> str:
+        return "inner"
+
+    @unsync(executor=executor)
+    def held_up(step: int) -> int:
+        call = inner()
+        # Ten looks long. If the other one is too slow for them, the test sees less.
+        with Striker(step, lambda: time.sleep(0.01)) as striker:
+            assert call.result() == "inner"
+        return striker.count
+
+    @unsync(executor=executor)
+    def outer(step: int) -> int:
+        return held_up(step).result()
+
+    steps = outer(-1).result(PATIENCE)
+    for step in strides(steps, STRIKES):
+        outer(step).result(PATIENCE)
+    executor.shutdown()
 
 
 def test_a_call_of_a_function(case: Case) -> None:

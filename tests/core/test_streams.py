@@ -607,12 +607,14 @@ def test_one_left_early_is_closed_where_it_runs(
 
 
 def test_a_coroutine_that_waits_is_cancelled() -> None:
+    waits = threading.Event()
     seen: list[str] = []
 
     @unsync
     async def body() -> AsyncIterator[int]:
         yield 1
         try:
+            waits.set()
             await asyncio.sleep(1000)
         except asyncio.CancelledError:
             seen.append("cancelled")
@@ -623,18 +625,21 @@ def test_a_coroutine_that_waits_is_cancelled() -> None:
 
     stream = body()
     assert next(stream) == 1
+    assert waits.wait(PATIENCE)
     stream.close()
     assert seen == ["cancelled", "ended"]
     assert list(stream) == []
 
 
 def test_one_that_will_not_be_cancelled_is_closed_at_its_next_value() -> None:
+    waits = threading.Event()
     seen: list[str] = []
 
     @unsync
     async def body() -> AsyncIterator[int]:
         yield 1
         try:
+            waits.set()
             await asyncio.sleep(1000)
         except asyncio.CancelledError:
             seen.append("cancelled")
@@ -645,6 +650,7 @@ def test_one_that_will_not_be_cancelled_is_closed_at_its_next_value() -> None:
 
     stream = body()
     assert next(stream) == 1
+    assert waits.wait(PATIENCE)
     stream.close()
     assert seen == ["cancelled", "closed"]
 
