@@ -18,6 +18,7 @@ from unsync._common import (
     LOOK_AGAIN_SECONDS,
     START_ATTEMPTS,
     Latch,
+    Making,
     check_threads,
     logger,
     outcome_of_asyncio,
@@ -253,9 +254,8 @@ class Ambient:
 
     def __init__(self) -> None:
         # Guards `_holder` and `_factory`; held over a fork, and while a loop is made, but not while
-        # its thread starts. A finalizer or signal handler may come in between, in the same thread,
-        # and make a loop, too: the first that is there counts.
-        self.lock = threading.RLock()
+        # its thread starts.
+        self.lock = Making()
         self.book = Book(7)
         self._holder: dict[str, _AmbientLoop] = {}
         self._factory: LoopFactory | None = None
@@ -270,26 +270,27 @@ class Ambient:
         with self.lock:
             current = self._current
             if current is None:
-                current = self._hold(self._make())
+                current = self._make()
         # Not under the lock: the new thread may want it before it runs, for a finalizer's call.
         current.start()
         return current
 
     def _make(self) -> _AmbientLoop:
+        """The one that counts."""
         check_threads()
         loop = (self._factory or asyncio.new_event_loop)()
         if not isinstance(loop, asyncio.AbstractEventLoop):
             raise TypeError(f"unsync.loop_factory must make an event loop, not {loop!r}")
-        return _AmbientLoop(loop, self.book, self._begins, self._forget)
-
-    def _hold(self, made: _AmbientLoop) -> _AmbientLoop:
-        """The one that counts."""
-        current = self._holder.setdefault("", made)
-        if current is made:
-            self.book.open(made.mailbox)
-        else:
-            made.mailbox.close_bell()
-            made.loop.close()
+        # Others may have made one meanwhile: see `Making`. And the factory may know only one.
+        current = self._current
+        if current is None or current.loop is not loop:
+            made = _AmbientLoop(loop, self.book, self._begins, self._forget)
+            current = self._holder.setdefault("", made)
+            if current is made:
+                self.book.open(made.mailbox)
+            else:
+                made.mailbox.close_bell()
+                loop.close()
         return current
 
     @property
@@ -354,7 +355,7 @@ class Ambient:
 
     def after_fork(self) -> None:
         """In the child: the thread stayed with the parent, and so did its loop's descriptors."""
-        self.lock = threading.RLock()
+        self.lock = Making()
         self.book = Book(7)
         inherited = self._holder.pop("", None)
         set_home(None, self._start)

@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, MutableSequence
+from contextlib import suppress
 from contextvars import Context
 from time import monotonic
 from types import CoroutineType, FunctionType, GeneratorType
@@ -696,6 +697,58 @@ class Latch:
             if not self._is_set:
                 waiter.acquire(True, -1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         return self._is_set
+
+
+class Making:
+    """Held while something is made on first use, by one thread at a time.
+
+    But only until that one waits. The user's own factory may do so while it makes an executor or a
+    loop, and so may a finalizer or a signal handler that comes in between: for a call, in another
+    thread, which needs the same thing. So whoever waits steps aside before. Then the other thread
+    makes one as well, and the first that is there counts.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def acquire(self) -> None:
+        """For a fork, which must not come while another thread is in the middle of it."""
+        self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        # First: a handler may come between this and the next line, too.
+        by_this_thread.makings.append(self)
+        try:
+            self._lock.acquire()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.step_aside()
+        by_this_thread.makings.remove(self)
+
+    def step_aside(self) -> None:
+        with suppress(RuntimeError):
+            while True:
+                self._lock.release()
+
+
+class _ByThisThread(threading.local):
+    def __init__(self) -> None:
+        self.makings: list[Making] = []
+
+
+by_this_thread = _ByThisThread()
+
+
+def let_others_make() -> None:
+    """For a thread that is about to wait: others need not wait for what it is making."""
+    for making in [*by_this_thread.makings]:
+        making.step_aside()
 
 
 class _ToldEvent(threading.Event):

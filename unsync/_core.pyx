@@ -52,6 +52,7 @@ from unsync._common import (
     Waiters,
     already_done_error,
     awaited_exception,
+    by_this_thread,
     cancelled_error,
     check_callable,
     check_context,
@@ -68,6 +69,7 @@ from unsync._common import (
     is_asyncio_future,
     is_awaitable,
     is_coroutine,
+    let_others_make,
     log_failed_callback,
     log_failed_waking,
     logger,
@@ -417,6 +419,8 @@ cdef inline bint is_in_home_thread() noexcept:
 cdef inline int wake_home_again() except -1:
     """For a thread that is about to wait."""
     cdef Mailbox mailbox = home_now()
+    if by_this_thread.makings:
+        let_others_make()
     if mailbox is not None:
         mailbox.wake_again()
     return 0

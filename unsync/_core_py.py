@@ -73,6 +73,7 @@ from unsync._common import (
     WorkCounts,
     already_done_error,
     awaited_exception,
+    by_this_thread,
     cancelled_error,
     check_callable,
     check_context,
@@ -89,6 +90,7 @@ from unsync._common import (
     is_asyncio_future,
     is_awaitable,
     is_coroutine,
+    let_others_make,
     log_failed_callback,
     log_failed_waking,
     logger,
@@ -206,6 +208,8 @@ def in_home_thread() -> bool:
 
 def wake_home_again() -> None:
     """For a thread that is about to wait."""
+    if by_this_thread.makings:
+        let_others_make()
     mailbox = _home
     if mailbox is None:
         return

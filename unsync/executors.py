@@ -323,7 +323,7 @@ class Given:
         self._give = give
         # Held while the callable works. That may take long, or start processes: so a fork does not
         # wait for it.
-        self._lock = threading.RLock()
+        self._lock = _common.Making()
         self._executor: concurrent.futures.Executor | None = None
         self._way: Way | None = None
         # Left by a parent process: kept, since their ends would speak to the parent's workers.
@@ -344,8 +344,9 @@ class Given:
                         f"{self._what} must give a concurrent.futures.Executor when it is called, "
                         f"but {self._give!r} gave {executor!r}"
                     )
-                self._executor = executor
-                self._way = way_into(executor)
+                if self._executor is None:  # or it has waited, and another thread was first
+                    self._executor = executor
+                    self._way = way_into(executor)
             return self._executor
 
     def submit(
@@ -358,7 +359,7 @@ class Given:
 
     def after_fork(self) -> None:
         """In the child: what the parent was given has no threads or processes here."""
-        self._lock = threading.RLock()
+        self._lock = _common.Making()
         if self._executor is not None:
             self._inherited.append(self._executor)
         self._executor = self._way = None
@@ -569,7 +570,7 @@ class ProcessPool:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # guards _executor; held over a fork
+        self.lock = _common.Making()  # guards _executor; held over a fork
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
         self._registered_in: int | None = None  # the process whose exit stops it
         # Left by a parent process: kept, since ending it here would speak to the parent's workers.
@@ -577,27 +578,29 @@ class ProcessPool:
 
     @property
     def executor(self) -> concurrent.futures.ProcessPoolExecutor:
-        # No call waits for the lock once there is a pool: a signal handler may have struck where it
-        # is held, and wait for a call in another thread.
+        # No call waits for the lock once there is a pool.
         there = self._executor
-        if there is not None:
-            return there
-        with self.lock:
-            if self._executor is None:
-                try:
-                    executor = _make_process_pool()
-                    if self._registered_in != os.getpid():
-                        _register_process_exit(self)
-                        self._registered_in = os.getpid()
-                except RuntimeError as exc:
-                    if "shutdown" not in str(exc):
-                        raise
-                    # Neither concurrent.futures' exit hook nor ours can be registered any more.
-                    raise RuntimeError(
-                        "cannot schedule new futures after interpreter shutdown"
-                    ) from exc
-                self._executor = executor
-            return self._executor
+        while there is None:
+            with self.lock:
+                if self._executor is None:
+                    made = self._make()
+                    if self._executor is None:  # no finalizer has made one meanwhile
+                        self._executor = made
+            there = self._executor
+        return there
+
+    def _make(self) -> concurrent.futures.ProcessPoolExecutor:
+        try:
+            executor = _make_process_pool()
+            if self._registered_in != os.getpid():
+                _register_process_exit(self)
+                self._registered_in = os.getpid()
+        except RuntimeError as exc:
+            if "shutdown" not in str(exc):
+                raise
+            # Neither concurrent.futures' exit hook nor ours can be registered any more.
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown") from exc
+        return executor
 
     def submit(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -655,7 +658,7 @@ class ProcessPool:
 
     def after_fork(self) -> None:
         """In the child: the pool's processes are the parent's children, not ours."""
-        self.lock = threading.RLock()
+        self.lock = _common.Making()
         executor, self._executor = self._executor, None
         if executor is not None:
             self._inherited.append(executor)

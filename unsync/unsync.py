@@ -59,7 +59,7 @@ class _Threads:
     """The thread executor in use, and the route of the functions that go there."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # guards what follows; held over a fork
+        self.lock = _common.Making()  # guards what follows; held over a fork
         self._executor: concurrent.futures.Executor | executors.Given | None = None
         self._is_ours = True
         self.route = Route(self._submit_first)
@@ -67,17 +67,17 @@ class _Threads:
     @property
     def executor(self) -> concurrent.futures.Executor:
         there = self._executor
-        if there is not None and not self._was_shut_down():
-            return _executor_of(there)
-        with self.lock:
-            if self._executor is None or self._was_shut_down():
-                made = executors.ThreadExecutor(thread_name_prefix="unsync-worker")
-                made.when_refused(self._replace)
-                self._use(made)
-                self._is_ours = True
-            assert self._executor is not None
-            engine = self._executor
-        return _executor_of(engine)
+        while there is None or self._was_shut_down():
+            with self.lock:
+                if self._executor is None or self._was_shut_down():
+                    made = executors.ThreadExecutor(thread_name_prefix="unsync-worker")
+                    made.when_refused(self._replace)
+                    # If no finalizer has made one meanwhile.
+                    if self._executor is None or self._was_shut_down():
+                        self._use(made)
+                        self._is_ours = True
+            there = self._executor
+        return _executor_of(there)
 
     @executor.setter
     def executor(self, engine: Engine | None) -> None:
@@ -123,7 +123,7 @@ class _Threads:
         return executor.join(timeout)
 
     def after_fork(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = _common.Making()
 
 
 class _Processes:
@@ -316,7 +316,9 @@ class _Settings(type):
     def loop_factory(cls) -> LoopFactory | None:
         """Makes the ambient loop, for example `uvloop.new_event_loop`.
 
-        None, the default, means `asyncio.new_event_loop`, so that an installed policy counts.
+        None, the default, means `asyncio.new_event_loop`, so that an installed policy counts. It is
+        called once for each loop; but if it waits for a call, and another thread needs the loop
+        meanwhile, there as well: the first loop counts, and another one is closed.
 
         :raises RuntimeError: when set after the loop has started.
         :raises TypeError: when set to what is not callable.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import pytest
 from support.waiting import PATIENCE, wait_until
 
-from unsync import Unfuture, unsync
+from unsync import Unfuture, executors, unsync
 from unsync.executors import ThreadExecutor
 
 # What `threading` starts a thread with.
@@ -343,3 +343,70 @@ def test_a_shutdown_while_the_loops_thread_starts_waits_for_nothing(starts: Star
         call.result(PATIENCE)
     assert ended == [True]
     assert one().result(PATIENCE) == 1
+
+
+# While what is needed is made.
+
+
+def by_default_factory(monkeypatch: pytest.MonkeyPatch, name: str, strike: Any) -> None:
+    """Strikes as a finalizer or signal handler does that comes while it is made."""
+    owner, attribute = {
+        "loop": (asyncio, "new_event_loop"),
+        "thread_executor": (executors, "ThreadExecutor"),
+        "process_executor": (executors, "_make_process_pool"),
+    }[name]
+    real = getattr(owner, attribute)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        strike()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, attribute, make)
+
+
+def by_own_factory(monkeypatch: pytest.MonkeyPatch, name: str, strike: Any) -> None:
+    def make() -> Any:
+        strike()
+        return asyncio.new_event_loop() if name == "loop" else ThreadExecutor(1)
+
+    setattr(unsync, "loop_factory" if name == "loop" else name, make)
+
+
+@pytest.mark.usefixtures("fresh", "no_loop")
+@pytest.mark.parametrize("name", ["loop", "thread_executor", "process_executor"])
+@pytest.mark.parametrize("way", [by_default_factory, by_own_factory])
+def test_one_that_waits_while_it_makes_something_keeps_nobody_else_from_making_it(
+    monkeypatch: pytest.MonkeyPatch, executor: ThreadExecutor, name: str, way: Any
+) -> None:
+    asked: list[object] = []
+    ask_elsewhere = unsync(lambda: getattr(unsync, name), executor=executor)
+
+    def strike() -> None:
+        if not asked:
+            asked.append(None)
+            asked[0] = ask_elsewhere().result(PATIENCE)
+
+    way(monkeypatch, name, strike)
+    # The first that was there counts, for everybody.
+    assert getattr(unsync, name) is asked[0]
+    assert ask_elsewhere().result(PATIENCE) is asked[0]
+    if way is by_own_factory and name != "loop":
+        asked[0].shutdown()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("no_loop")
+def test_a_factory_that_gives_one_loop_to_two_threads(executor: ThreadExecutor) -> None:
+    """It waits for the second of them, which is first; the loop is not closed as one too many."""
+    loop = asyncio.new_event_loop()
+    calls: list[Unfuture[int]] = []
+    call_elsewhere = unsync(lambda: one().result(PATIENCE), executor=executor)
+
+    def factory() -> asyncio.AbstractEventLoop:
+        if not calls:
+            calls.append(call_elsewhere())
+            assert calls[0].result(PATIENCE) == 1
+        return loop
+
+    unsync.loop_factory = factory
+    assert one().result(PATIENCE) == 1
+    assert unsync.loop is loop
