@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -169,9 +170,17 @@ class _AmbientLoop:
             asyncio.set_event_loop(None)
             self._give_up()
             self.mailbox.close_bell()
-            self.loop.close()
+            self._close_loop()
             self.mailbox.close()
             self._book.close(self.mailbox)
+
+    def _close_loop(self) -> None:
+        try:
+            self.loop.close()
+        except ValueError:
+            # It had signal handlers, which only the main thread can remove: see `stop`.
+            if not self.loop.is_closed():
+                raise
 
     @staticmethod
     def _survive(run: Callable[[], object]) -> None:
@@ -206,7 +215,15 @@ class _AmbientLoop:
         return self._until is not None and monotonic() >= self._until
 
     def stop(self, timeout: float | None) -> bool:
-        """Ends it, waiting up to `timeout` seconds; whether everything in it ended in time."""
+        """Ends it, waiting up to `timeout` seconds; whether everything in it ended in time.
+
+        In the main thread the signal handlers that were added to the loop are removed first: they
+        could not be later, and from now on a Ctrl-C is for whoever waits here.
+        """
+        if threading.current_thread() is threading.main_thread():
+            with suppress(NotImplementedError, RuntimeError):
+                for number in signal.valid_signals():
+                    self.loop.remove_signal_handler(number)
         if not self._stopping:
             self._until = None if timeout is None else monotonic() + timeout
             self._stopping = True

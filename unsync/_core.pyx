@@ -2776,6 +2776,7 @@ cdef class Unfuture(_Item):
         """
         cdef bint begun = False
         cdef int status = FINISHED
+        cdef Unfuture rest = None
         function = arguments = context = None
         lock(self)
         if self._status == PENDING:
@@ -2798,6 +2799,9 @@ cdef class Unfuture(_Item):
                     result = function(*<tuple>arguments)
                 else:
                     result = (<_Keywords>arguments).call(function)
+                if PyCoro_CheckExact(result):
+                    # Of a function below a decorator that is none for coroutines, say.
+                    rest = Unfuture(result)
             finally:
                 PyContext_Exit(context)
         except AsyncioCancelledError as exc:
@@ -2809,7 +2813,10 @@ cdef class Unfuture(_Item):
             result = exc
         # Out here: as long as an exception is being handled, this thread looks at its traceback
         # now and then, and whoever waits is about to change that.
-        self.complete(status, result, ANY)
+        if rest is None:
+            self.complete(status, result, ANY)
+        else:
+            self.follow(rest)
         return True
 
     cdef bint add_waiter(self, _Item waiter) except -1:
@@ -3927,7 +3934,8 @@ cdef class JobQueue(_Line):
     cdef inline void count_outcome(self, Unfuture unfuture) noexcept:
         """In the section."""
         cdef int status = load(&unfuture._status)
-        if status == FINISHED:
+        # The function has ended, even if a coroutine that it returned has not.
+        if status < CANCELLED or status == FINISHED:
             self._finished += 1
         elif status == FAILED:
             self._failed += 1

@@ -36,7 +36,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from threading import get_ident
 from time import monotonic
-from types import GenericAlias, MethodType, TracebackType
+from types import CoroutineType, GenericAlias, MethodType, TracebackType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -2226,13 +2226,20 @@ class Unfuture(_Future[T]):
         try:
             # A partial, since PyPy's Context.run() has names for its own arguments.
             result = job.context.run(partial(job.function, *job.args, **job.kwargs))
+            rest: Unfuture[Any] | None = None
+            if type(result) is CoroutineType:
+                # Of a function below a decorator that is none for coroutines, say.
+                rest = job.context.run(Unfuture, result)
         except asyncio.CancelledError as exc:
             # What it waited for was cancelled.
             self._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
             self._complete(FAILED, exc)
         else:
-            self._complete(FINISHED, result)
+            if rest is None:
+                self._complete(FINISHED, result)
+            else:
+                self._follow(rest)
         finally:
             # The error's traceback holds this frame.
             del self, job
@@ -3083,7 +3090,8 @@ class JobQueue:
         assert done is not None
         if not begun:
             self._tally.add(NOT_BEGUN)
-        self._tally.add(done._status)
+        # The function has ended, even if a coroutine that it returned has not.
+        self._tally.add(done._status if done._status >= CANCELLED else FINISHED)
         self._leave(done)
 
     def _rest(self, worker: _Worker) -> bool:

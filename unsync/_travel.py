@@ -18,9 +18,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from functools import cache, partial
-from types import CodeType, FunctionType
+from types import CodeType, CoroutineType, FunctionType
 from typing import Any, TypeVar
 
+from unsync._backend import Unfuture
 from unsync._common import name_of
 
 __all__ = [
@@ -195,6 +196,18 @@ def _is_from_main_s_file(function: Callable[..., Any]) -> bool:
     return not isinstance(code, CodeType) or code.co_filename == main_s_file()
 
 
+def whole(result: object) -> object:
+    """What a function returned; if that is a coroutine, what comes of it, as in our own threads.
+
+    The executor that made the call knows no such thing, so its thread or process waits.
+    """
+    return Unfuture(result).result() if type(result) is CoroutineType else result
+
+
+def call(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> object:
+    return whole(function(*args, **kwargs))
+
+
 class ContextCall:
     """A function with its caller's context, for executors that may or may not leave the process.
 
@@ -218,7 +231,7 @@ class ContextCall:
 
     def __call__(self, /, *args: Any) -> Any:
         # A partial, since PyPy's Context.run() has names for its own arguments.
-        return self._context.run(partial(self._function, *args, **self._kwargs))
+        return self._context.run(partial(call, self._function, *args, **self._kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         function = _dumps(reference_to(self._function), has_our_main=False)
@@ -251,7 +264,7 @@ class _SentCall:
     def __call__(self, /, *args: Any) -> Any:
         import pickle
 
-        result = pickle.loads(self._function)(*args, **self._kwargs)
+        result = call(pickle.loads(self._function), *args, **self._kwargs)
         # Who waits for a result that Dask cannot send back would wait for ever.
         protocol = sys.modules.get("distributed.protocol")
         if protocol is not None and type(result) not in _PLAIN:
@@ -371,7 +384,7 @@ def run(name: str, parcel: bytes) -> object:
         _add_note(error)
     else:
         try:
-            result = function(*args, **kwargs)
+            result = call(function, *args, **kwargs)
         except BaseException as exc:
             carried = pack_failure(name, exc)
             if isinstance(carried, Exception):

@@ -330,7 +330,7 @@ class _Chunk(Batch):
     def make(self, args: tuple[Any, ...]) -> tuple[int, Any]:
         try:
             return _common.FINISHED, copy_context().run(
-                functools.partial(self.target.below, *args, **self.target.kwargs)
+                functools.partial(_travel.call, self.target.below, *args, **self.target.kwargs)
             )
         except BaseException as exc:
             return _common.FAILED, exc
@@ -517,7 +517,7 @@ def _make_each(
             call_each(function, left, not bare, _PLAIN, outcomes)
             if type(outcomes[-1]) not in _PLAIN:
                 plain = False
-                outcomes.append(_pack(name, outcomes.pop()))
+                outcomes.append(_pack(name, _travel.whole(outcomes.pop())))
         except BaseException as exc:  # entered once for each failure
             plain = False
             outcomes.append(_pack_failure(name, exc))
@@ -790,7 +790,7 @@ class _Outlet(_Channel[T]):
         if self.waiters and len(self.came) >= self.wanted and self.has_news():
             self.wake_all()
 
-    def has_more(self) -> bool:
+    def wait_for_more(self) -> bool:
         while isinstance(found := self.refill(self.lingers), Unfuture):
             # Whoever waits alone is the only one who can have set it to more than one.
             timeout = _LINGER if self.wanted > 1 else None

@@ -141,8 +141,18 @@ class _Channel(Generic[T]):
     def has_more(self) -> bool:
         """In a thread: waits until that is known; others may take it first.
 
+        Who is interrupted meanwhile, by Ctrl-C say, closes it, as a generator would have ended: the
+        traceback may be kept, and refers to the stream, which would have its work go on.
+
         :raises BaseException: as `refill()`.
         """
+        try:
+            return self.wait_for_more()
+        except (KeyboardInterrupt, SystemExit):
+            self.close()
+            raise
+
+    def wait_for_more(self) -> bool:
         while isinstance(found := self.refill(), Unfuture):
             self.wait_for(found, None)
         return found
@@ -418,8 +428,9 @@ class Stream(Generic[T]):
     others the stream just ends.
 
     A stream that is left early is closed as a generator is: when `close()` or `aclose()` is called,
-    when a `with` or `async with` block is left, or when nobody refers to it any more; a stream to
-    which its own generator refers needs one of the former. The generator's `finally` blocks then
+    when a `with` or `async with` block is left, when a thread that waits for a value is interrupted
+    (`KeyboardInterrupt`, `SystemExit`), or when nobody refers to it any more; a stream to which its
+    own generator refers needs one of the former. The generator's `finally` blocks then
     run where the generator runs.
     """
 

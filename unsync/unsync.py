@@ -448,7 +448,8 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
 
     A coroutine function runs in the ambient event loop, in `unsync.thread`; a regular function in
     `unsync.thread_executor`; one marked `cpu_bound=True` in `unsync.process_executor`. Which of
-    them is decided once, here. Context variables of the caller are seen by the first two.
+    them is decided once, here. Context variables of the caller are seen by the first two. If a
+    regular function returns a coroutine, that is run, and its outcome is that of the call.
 
     A generator function, async or regular, gives a `Stream` of its values instead: an async one
     runs in the ambient event loop, a regular one in the thread executor. What

@@ -16,7 +16,7 @@ import pickle
 import sys
 import threading
 import types
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
@@ -25,6 +25,7 @@ import pytest
 from support.waiting import PATIENCE, collect, wait_until
 
 from unsync import Unfuture, unsync
+from unsync.executors import ThreadExecutor
 
 
 class Inline(Executor):
@@ -749,19 +750,12 @@ def test_what_runs_where_is_decided_at_decoration() -> None:
 
     marked = unsync(Changing())
 
-    async def call(self: Changing) -> None:
-        pass
+    def call(self: Changing) -> Generator[int, None, None]:
+        yield 1
 
     Changing.__call__ = call  # type: ignore[assignment, method-assign]
     result: Any = marked().result(PATIENCE)
-    assert inspect.iscoroutine(result), "it was not sent to the pool any more"
-    result.close()
-
-
-def test_a_regular_function_may_return_a_coroutine() -> None:
-    result = unsync(lambda: async_where(3))().result(PATIENCE)
-    assert inspect.iscoroutine(result)
-    assert Unfuture(result).result(PATIENCE)[0] == 3
+    assert inspect.isgenerator(result), "it gave a stream"
 
 
 # How coroutines run.
@@ -918,3 +912,114 @@ def test_a_class_is_refused() -> None:
 
 def test_what_is_a_class_in_name_only_is_a_function() -> None:
     assert unsync(int)("5").result(PATIENCE) == 5
+
+
+# A regular function that returns a coroutine, since its decorator knows none.
+
+number_seen: contextvars.ContextVar[int] = contextvars.ContextVar("number_seen", default=0)
+
+
+def logged(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        number_seen.set(number_seen.get() + 1)
+        return function(*args)
+
+    return wrapper
+
+
+@logged
+async def double(number: int) -> int:
+    assert threading.current_thread() is unsync.thread
+    await asyncio.sleep(0)
+    if number < 0:
+        raise ValueError(number)
+    return 2 * number + number_seen.get()
+
+
+@pytest.fixture(params=["ours", "foreign"])
+def double_in_pool(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Unfuture[Any]]]:
+    kind = ThreadExecutor if request.param == "ours" else ThreadPoolExecutor
+    with kind(1) as executor:
+        yield unsync(double, executor=executor)
+
+
+def test_a_coroutine_that_a_function_returns_is_run(
+    double_in_pool: Callable[[int], Unfuture[Any]],
+) -> None:
+    token = number_seen.set(100)
+
+    async def main() -> Any:
+        return await double_in_pool(4)
+
+    assert double_in_pool(3).result(PATIENCE) == 107
+    assert asyncio.run(main()) == 109
+    assert double_in_pool(3).map(str).result(PATIENCE) == "107"
+    with pytest.raises(ValueError, match="-5"):
+        double_in_pool(-5).result(PATIENCE)
+    assert [call.result(PATIENCE) for call in unsync.calls(double_in_pool, range(3))] == [
+        101,
+        103,
+        105,
+    ]
+    assert list(unsync.map(double_in_pool, range(3))) == [101, 103, 105]
+    number_seen.reset(token)
+
+
+def test_the_thread_is_free_while_such_a_coroutine_runs() -> None:
+    with ThreadExecutor(1, spare_workers=0) as executor:
+
+        @unsync(executor=executor)
+        def inner() -> int:
+            return 3
+
+        async def wait_for_inner() -> int:
+            return await inner()
+
+        @unsync(executor=executor)
+        def outer() -> Coroutine[Any, Any, int]:
+            return wait_for_inner()
+
+        assert outer().result(PATIENCE) == 3  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.alone  # what it counts
+def test_such_a_call_is_counted_as_a_function_and_as_a_coroutine() -> None:
+    wait_until(lambda: unsync.stats().threads.pending == unsync.stats().coroutines.pending == 0)
+    before = unsync.stats()
+    unsync(double)(1).result(PATIENCE)
+    wait_until(lambda: unsync.stats().threads.finished == before.threads.finished + 1)
+    wait_until(lambda: unsync.stats().coroutines.finished == before.coroutines.finished + 1)
+    assert unsync.stats().threads.pending == before.threads.pending
+
+
+@pytest.mark.parametrize("place", ["thread", "loop"])
+def test_such_a_coroutine_is_cancelled_with_the_call(place: str) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            ended.set()
+
+    async def cancel() -> None:
+        task = asyncio.ensure_future(_awaited(call))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def _awaited(awaitable: Any) -> object:
+        return await awaitable
+
+    call = unsync(lambda: wait())()
+    assert begun.wait(PATIENCE)
+    if place == "thread":
+        wait_until(call.cancel)  # its function may not have ended yet
+    else:
+        asyncio.run(cancel())
+    assert ended.wait(PATIENCE)
+    with pytest.raises(asyncio.CancelledError):
+        call.result(PATIENCE)

@@ -653,6 +653,42 @@ def test_an_interrupt_while_an_iterable_is_read_is_raised_at_once() -> None:
 # Cancelling, leaving, ending.
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("way", ["for", "next"])
+@pytest.mark.alone  # there is one main thread
+def test_an_interrupt_while_a_value_is_waited_for_ends_the_work(way: str) -> None:
+    """Though the exception is kept, and with it the frames that refer to the stream."""
+    begun, gate = threading.Event(), threading.Event()
+    made: list[int] = []
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        assert begun.wait(PATIENCE)
+        wait_until(lambda: stream._channel.waiters)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with ThreadExecutor(1) as executor:
+
+        @unsync(executor=executor)
+        def work(number: int) -> int:
+            made.append(number)
+            begun.set()
+            gate.wait(PATIENCE)
+            return number
+
+        stream = unsync.map(work, range(20))
+        other = threading.Thread(target=interrupt)
+        other.start()
+        with pytest.raises(KeyboardInterrupt) as kept:
+            assert not [*stream] if way == "for" else not next(stream)
+        other.join(PATIENCE)
+        gate.set()
+    assert made == [0]
+    assert kept.value.__traceback__ is not None
+    assert [*stream] == []
+
+
 @contextlib.contextmanager
 def held(executor: concurrent.futures.Executor) -> Iterator[None]:
     """The only worker of the executor is busy meanwhile."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -240,3 +241,29 @@ def test_python_m_asyncio_ps_shows_the_calls(run_python: RunPython) -> None:
         )
     assert "first_call" in shown
     assert "second_call" in shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="loops there take no signal handlers")
+@pytest.mark.parametrize("where", ["main", "thread"])
+@pytest.mark.alone  # there is one handler for a signal
+def test_the_loops_signal_handlers_end_with_it(fresh: None, where: str) -> None:
+    heard = threading.Event()
+    ended: list[bool] = []
+    before = signal.getsignal(signal.SIGUSR1)
+    unsync.loop.add_signal_handler(signal.SIGUSR1, heard.set)
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        assert heard.wait(PATIENCE)
+        if where == "main":
+            assert unsync.shutdown(PATIENCE)
+            assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+            assert signal.set_wakeup_fd(-1) == -1
+        else:
+            # Which may remove none: but the loop ends without an error all the same.
+            other = threading.Thread(target=lambda: ended.append(unsync.shutdown(PATIENCE)))
+            other.start()
+            other.join(PATIENCE)
+            assert ended == [True]
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGUSR1, before)

@@ -1112,7 +1112,7 @@ def stream_that_tells_its_end(kind: str) -> tuple[Stream[int], threading.Event]:
 
 @pytest.mark.parametrize("kind", ["regular", "async"])
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("then", ["close", "go on"])
+@pytest.mark.parametrize("then", ["close", "nothing"])
 def test_a_ctrl_c_while_the_producer_is_told_to_go_on(kind: str, when: str, then: str) -> None:
     stream, closed = stream_that_tells_its_end(kind)
     channel: Any = stream._channel
@@ -1131,9 +1131,7 @@ def test_a_ctrl_c_while_the_producer_is_told_to_go_on(kind: str, when: str, then
         found.extend(next(stream) for _ in range(20))
     if then == "close":
         stream.close()
-        assert list(stream) == []
-    else:
-        assert [*found, *stream] == list(range(20))
+    assert list(stream) == []
     assert closed.wait(PATIENCE)
 
 

@@ -107,6 +107,20 @@ if __name__ == "__main__":
 """,
         "1 2 3\n2\n",
     ),
+    "signal handlers of the ambient loop": (
+        """
+import signal, sys
+
+if sys.platform == "win32":
+    print("heard")
+else:
+    unsync.loop.add_signal_handler(signal.SIGTERM, begun.set)
+    signal.raise_signal(signal.SIGTERM)
+    assert begun.wait(60)
+    print("heard")
+""",
+        "heard\n",
+    ),
     # Coroutines.
     "a pending coroutine is cancelled": (
         f"""

@@ -150,6 +150,31 @@ def test_it_runs_in_another_process() -> None:
 
 
 @pytest.mark.usefixtures("pool")
+async def add_one(number: int) -> int:
+    await asyncio.sleep(0)
+    if number < 0:
+        raise ValueError(number)
+    return number + 1
+
+
+@unsync(cpu_bound=True)
+def give_coroutine(number: int) -> Any:
+    return add_one(number)
+
+
+def test_a_coroutine_that_it_returns_is_run_in_the_process() -> None:
+    assert give_coroutine(1).result(PATIENCE) == 2
+    with pytest.raises(ValueError, match="-1"):
+        give_coroutine(-1).result(PATIENCE)
+    calls = unsync.calls(give_coroutine, [1, 2, -3, 4])
+    assert [repr(call.exception(PATIENCE) or call.result()) for call in calls] == [
+        "2",
+        "3",
+        "ValueError(-3)",
+        "5",
+    ]
+
+
 def test_arguments_and_result_travel() -> None:
     assert square(3, offset=4).result(PATIENCE) == 13
 
