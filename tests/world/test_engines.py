@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import site
 import subprocess
 import sys
 import threading
@@ -47,9 +46,10 @@ def processes(method: str) -> concurrent.futures.Executor:
 def interpreters() -> concurrent.futures.Executor:
     if not hasattr(concurrent.futures, "InterpreterPoolExecutor"):
         pytest.skip("interpreter pools came with Python 3.14")
-    # They find what is installed, but not the tests.
+    # They find what is installed, but not the tests and what these import.
+    places = [str(HERE), str(HERE.parent)]
     return concurrent.futures.InterpreterPoolExecutor(
-        WORKERS, initializer=site.addsitedir, initargs=(str(HERE),)
+        WORKERS, initializer=exec, initargs=(f"import sys; sys.path += {places}",)
     )
 
 
