@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine, MutableSequence
 from contextlib import suppress
 from contextvars import Context
 from time import monotonic
-from types import CoroutineType, FunctionType, GeneratorType
+from types import CoroutineType, FrameType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -345,6 +345,43 @@ def is_awaitable(value: object) -> bool:
     if isinstance(value, GeneratorType):
         return inspect.isawaitable(value)
     return hasattr(type(value), "__await__")
+
+
+def hint_at_map(failure: BaseException) -> BaseException:
+    """Of a function that `then` was given, whose failure may be that it got no result.
+
+    In upstream unsync 1.4 `then` is what `map` is here.
+    """
+    if type(failure) in (TypeError, AttributeError) and "Unfuture" in str(failure):
+        failure.add_note(
+            "then() gives the function the finished Unfuture; map() would give it its result"
+        )
+    return failure
+
+
+_FOLDER = os.path.dirname(__file__)
+
+
+def warn_if_it_blocks(loop: asyncio.AbstractEventLoop, unfuture: Unfuture[Any]) -> None:
+    """In a thread that is going to wait, where that loop runs: in debug mode it warns.
+
+    Once for each place, as Python's warnings do.
+    """
+    if not loop.get_debug():
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and os.path.dirname(frame.f_code.co_filename) == _FOLDER:
+        frame = frame.f_back
+    if frame is not None:
+        warnings.warn_explicit(
+            f"this waits for {unfuture!r} and blocks the event loop that runs here, {loop!r}: use "
+            "'await' in its place",
+            RuntimeWarning,
+            frame.f_code.co_filename,
+            frame.f_lineno,
+            frame.f_globals.get("__name__"),
+            frame.f_globals.setdefault("__warningregistry__", {}),
+        )
 
 
 def report_failed_callback(

@@ -65,6 +65,7 @@ from unsync._common import (
     describe,
     exhausted_error,
     full_error,
+    hint_at_map,
     interrupted_start_error,
     is_asyncio_future,
     is_awaitable,
@@ -89,6 +90,7 @@ from unsync._common import (
     thrown,
     wait_for_awaitable,
     waits_for_ever,
+    warn_if_it_blocks,
     would_block_error,
     would_deadlock_error,
 )
@@ -2415,7 +2417,7 @@ cdef class Unfuture(_Item):
             status = CANCELLED
             failure = exc.args[0] if exc.args else None
         except BaseException as exc:
-            failure = exc
+            failure = exc if kind == MAPPING else hint_at_map(exc)
         if status != FINISHED:
             self.complete(status, failure, ANY)  # out here for the reason in `work`
         if not went_on:
@@ -2870,6 +2872,9 @@ cdef class Unfuture(_Item):
             check_timeout(timeout)
         if threading_names["get_ident"] is not own_get_ident:
             check_threads()
+        loop = running_loop()
+        if loop is not None and not self.is_done():
+            warn_if_it_blocks(loop, self)
         cdef _Blocked blocked = _Blocked.__new__(_Blocked)
         cdef bint released = False
         if not self.add_waiter(blocked):

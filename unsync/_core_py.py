@@ -86,6 +86,7 @@ from unsync._common import (
     describe,
     exhausted_error,
     full_error,
+    hint_at_map,
     interrupted_start_error,
     is_asyncio_future,
     is_awaitable,
@@ -113,6 +114,7 @@ from unsync._common import (
     thrown,
     wait_for_awaitable,
     waits_for_ever,
+    warn_if_it_blocks,
     would_block_error,
     would_deadlock_error,
 )
@@ -1184,7 +1186,7 @@ class _Continuation(_Waiter):
         except asyncio.CancelledError as exc:
             target._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
-            target._complete(FAILED, exc)
+            target._complete(FAILED, exc if self.by_value else hint_at_map(exc))
         finally:
             if not went_on:
                 mailbox._count_ended(target)
@@ -2277,6 +2279,9 @@ class Unfuture(_Future[T]):
         if timeout is not None:
             check_timeout(timeout)
         check_threads()
+        loop = running_loop()
+        if loop is not None and not self.done():
+            warn_if_it_blocks(loop, self)
         blocked = _Blocked()
         if not self._add_waiter(blocked):
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
 from contextvars import copy_context
 from itertools import repeat, starmap
@@ -57,6 +57,8 @@ class _Channel(Generic[T]):
         self.to_end: deque[None] = deque([None])
         # How the generator ended; its failure is told to one consumer, in its turn.
         self.ended: Unfuture[None] = Unfuture()
+        # What it returned, if it did; and that, too, one consumer is told.
+        self.returned: deque[Any] = deque()
         # How the closing of a generator that was left early ended.
         self.closed: Unfuture[None] = Unfuture()
 
@@ -188,6 +190,13 @@ class _Channel(Generic[T]):
         """Under the lock: whether there is something that was not taken yet."""
         return bool(self.made)
 
+    def take_returned(self) -> Any:
+        """What a generator returned that was not left early; once."""
+        try:
+            return None if self.closing else self.returned.popleft()
+        except IndexError:
+            return None
+
     def wake(self, waiter: Unfuture[None] | None) -> None:
         """Wakes that consumer, or the next one if it has stopped waiting."""
         while waiter is not None and not _wake(waiter):
@@ -311,9 +320,14 @@ class _InThreads(_Channel[T]):
             if self.closing:
                 self.generator.close()
             else:
-                for value in self.generator:
-                    if not self.put(value):
-                        return True
+                advance = self.generator.__next__  # a `for` would lose what is returned
+                while self.put(advance()):
+                    pass
+                return True
+        except StopIteration as end:
+            if end.value is not None:
+                self.returned.append(end.value)
+            self.finish(None)
         except BaseException as exc:
             self.finish(_common.without_this_frame(exc))
         else:
@@ -439,7 +453,7 @@ class Stream(Generic[T]):
     def __init__(self, channel: _Channel[T]) -> None:
         self._channel = channel
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Generator[T, None, Any]:
         """The values, as `next()` gives them: another iterator, since a generator is faster."""
         channel = self._channel
         while True:
@@ -450,11 +464,13 @@ class Stream(Generic[T]):
             except IndexError:
                 pass
             if not channel.has_more():
-                return
+                return channel.take_returned()
 
     def __next__(self) -> T:
         """Waits for the next value, in a thread.
 
+        :raises StopIteration: at the end; its value, for the first who comes to the end, is what a
+            regular generator returned.
         :raises InvalidStateError: in `unsync.thread`, if there is none yet: it would wait for ever.
         """
         channel = self._channel
@@ -464,7 +480,8 @@ class Stream(Generic[T]):
             except IndexError:
                 pass
             if not channel.has_more():
-                raise StopIteration
+                value = channel.take_returned()
+                raise StopIteration if value is None else StopIteration(value)
 
     def __aiter__(self) -> Stream[T]:
         return self

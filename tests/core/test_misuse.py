@@ -9,6 +9,7 @@ import contextvars
 import gc
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -428,3 +429,40 @@ def test_yield_from_is_no_await() -> None:
             await old_style()
 
     asyncio.run(main())
+
+
+# Waiting where an event loop runs.
+
+
+def wait_for_a_call() -> object:
+    return unsync(asyncio.sleep)(0.001).result(PATIENCE)
+
+
+def take_from_a_stream() -> object:
+    return next(unsync.map(unsync(asyncio.sleep), [0.001]))
+
+
+def wait_for_a_view() -> object:
+    return unsync(asyncio.sleep)(0.001).concurrent_future.result(PATIENCE)
+
+
+@pytest.mark.alone  # warnings are everybody's
+@pytest.mark.parametrize("wait", [wait_for_a_call, take_from_a_stream, wait_for_a_view])
+def test_in_debug_mode_a_wait_that_blocks_a_running_loop_warns_once_for_each_place(
+    wait: Callable[[], object],
+) -> None:
+    async def main() -> None:
+        for _ in range(3):
+            wait()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        asyncio.run(main(), debug=True)
+    warned = [each for each in caught if each.category is RuntimeWarning]
+    assert [each.filename for each in warned] == [__file__]
+    assert "'await'" in str(warned[0].message)
+    assert warned[0].lineno == wait.__code__.co_firstlineno + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wait()
+        asyncio.run(main(), debug=False)

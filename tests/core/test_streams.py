@@ -1170,3 +1170,36 @@ def test_after_its_closing_it_has_ended_whatever_it_had_read_ahead(kind: str, fa
     stream.close()
     assert next(stream, None) is None
     assert list(stream) == []
+
+
+def test_what_a_generator_returns_is_the_value_of_its_end_once() -> None:
+    @unsync
+    def body(values: list[int]) -> Generator[int, None, str]:
+        yield from values
+        return "all of them"
+
+    def consumer(stream: Stream[int]) -> Generator[int, None, str]:
+        found: str = yield from stream
+        return found
+
+    stream = body([1])
+    assert next(stream) == 1
+    with pytest.raises(StopIteration) as end:
+        next(stream)
+    assert end.value.value == "all of them"
+    with pytest.raises(StopIteration) as end:
+        next(stream)
+    assert end.value.value is None
+
+    through = consumer(body([1, 2]))
+    assert [next(through), next(through)] == [1, 2]
+    with pytest.raises(StopIteration) as end:
+        next(through)
+    assert end.value.value == "all of them"
+    assert list(body([])) == []
+
+    closed = body([1])
+    closed.close()
+    with pytest.raises(StopIteration) as end:
+        next(closed)
+    assert end.value.value is None

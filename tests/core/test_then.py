@@ -783,3 +783,23 @@ def test_the_work_ends_though_nobody_keeps_the_end_of_a_chain() -> None:
     unsync(gate.wait)(PATIENCE).map(lambda value: [value]).map(ended.extend)
     gate.set()
     wait_until(lambda: ended == [True])
+
+
+@pytest.mark.parametrize(
+    "continuation", [len, int, lambda unfuture: unfuture + 1, lambda unfuture: unfuture.real]
+)
+def test_who_takes_the_unfuture_for_its_result_is_told_of_map(continuation: Any) -> None:
+    exc = unsync(lambda: 20)().then(continuation).exception(PATIENCE)
+    assert isinstance(exc, (TypeError, AttributeError))
+    assert exc.__notes__ == [
+        "then() gives the function the finished Unfuture; map() would give it its result"
+    ]
+
+
+def test_other_failures_have_no_such_note() -> None:
+    def fail(_: object) -> None:
+        raise TypeError("of another kind")
+
+    call = unsync(lambda: 20)()
+    for failed in [call.then(fail), call.map(len), call.map(lambda _: len(Unfuture()))]:  # type: ignore[arg-type]
+        assert not hasattr(failed.exception(PATIENCE), "__notes__")
