@@ -2317,9 +2317,12 @@ class Unfuture(_Future[T]):
             is_done = self._status >= CANCELLED
             whole = is_done or (not self._begun and self._source is None)
             if not is_done:
-                # A thread of the parent may have entered what nobody shows here.
+                # A thread of the parent may have entered what nobody shows here. But what has begun
+                # has: a coroutine that is in its first step must not be closed.
                 side = self._turns.get(_SIDE) if whole else None
                 self._turns = {} if side is None else {_SIDE: side}
+                if self._begun:
+                    self._turns[_FIRST] = (RUNNING, 0, None)
             if not whole:
                 self._waiting = {}  # who waited is with the parent too
             # Last: another thread of the child that sees it may add itself to the chain.

@@ -301,7 +301,7 @@ class _InThreads(_Channel[T]):
             when_done(job, self.is_over)
 
     def work(self) -> None:
-        while self.takes_its_turn() and self.context.run(self.fill):
+        while self.takes_its_turn() and (self.has_enough() or self.context.run(self.fill)):
             # The next job may be sent, and begin, before this one has ended.
             self.rests += 1
             self.turn.append(None)
@@ -313,6 +313,10 @@ class _InThreads(_Channel[T]):
         if taken:
             self.resting = False
         return taken
+
+    def has_enough(self) -> bool:
+        """For a job that was sent for an earlier rest, and whose turn comes after a later one."""
+        return not self.closing and len(self.made) >= self.room
 
     def fill(self) -> bool:
         """Whether the generator has not come to its end."""
@@ -377,18 +381,20 @@ class _InAmbientLoop(_Channel[T]):
 
     async def wait_for_room(self) -> asyncio.CancelledError | None:
         """Rests until there is room; returns what the task was cancelled by, if it was."""
-        self.wakeup = Unfuture()
-        if not self.rest():
-            return None
-        try:
-            await self.wakeup
-        except asyncio.CancelledError as cancelled:
-            return cancelled
-        finally:
-            # Nobody has cleared it if this task was cancelled, or woken by one who was late and
-            # meant an earlier rest.
-            self.resting = False
-        return None
+        while True:
+            self.wakeup = Unfuture()
+            if not self.rest():
+                return None
+            try:
+                await self.wakeup
+            except asyncio.CancelledError as cancelled:
+                return cancelled
+            finally:
+                # Nobody has cleared it if this task was cancelled, or woken by one who was late and
+                # meant an earlier rest.
+                self.resting = False
+            if self.closing or len(self.made) < self.room:
+                return None
 
     def resume(self) -> None:
         assert self.wakeup is not None

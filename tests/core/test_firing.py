@@ -563,6 +563,7 @@ def test_a_ctrl_c_that_strikes_while_a_loop_is_woken_goes_on_and_the_loop_is_wok
     future.result(PATIENCE)
 
 
+@pytest.mark.alone  # there is one ambient loop
 def test_a_ctrl_c_that_strikes_while_a_call_is_left_goes_on_and_the_call_is_made() -> None:
     """Also where there is no bell, an eventfd."""
     before = unsync.loop_factory
@@ -597,24 +598,21 @@ def test_a_ctrl_c_that_strikes_while_a_call_is_left_goes_on_and_the_call_is_made
 
 
 @unsync
-def begin() -> None:
+def begin(gate: threading.Event) -> None:
     assert gate.wait(PATIENCE)
-
-
-gate = threading.Event()
 
 
 @pytest.mark.parametrize("length", [2, 3, 10])
 @pytest.mark.parametrize("by", ["then", "map"])
 def test_continuations_in_a_circle_are_an_error(length: int, by: str) -> None:
-    gate.clear()
+    gate = threading.Event()
     circle: list[Unfuture[Any]] = []
     for number in range(length):
 
         def go_on(_: object, number: int = number) -> Unfuture[Any]:
             return circle[(number + 1) % length]
 
-        source = begin()
+        source = begin(gate)
         circle.append(source.then(go_on) if by == "then" else source.map(go_on))
     gate.set()
     for unfuture in circle:
@@ -624,8 +622,8 @@ def test_continuations_in_a_circle_are_an_error(length: int, by: str) -> None:
 
 
 def test_a_continuation_that_returns_one_of_its_own_continuations_is_an_error() -> None:
-    gate.clear()
-    first: Unfuture[Any] = begin().then(lambda _: second)
+    gate = threading.Event()
+    first: Unfuture[Any] = begin(gate).then(lambda _: second)
     second: Unfuture[Any] = first.map(lambda value: value)
     gate.set()
     for unfuture in first, second:

@@ -285,6 +285,29 @@ def test_the_generator_is_never_further_ahead_than_it_may(kind: str, read_ahead:
 
 
 @both
+def test_one_who_tells_it_late_to_go_on_does_not_have_it_go_too_far(kind: str) -> None:
+    """A job, or a wakeup, that was sent for an earlier rest and comes when it rests again."""
+    made: list[int] = []
+
+    def body() -> Iterator[int]:
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    stream = marked(body, kind, read_ahead=1)()
+    channel: Any = stream._channel
+    wait_until(lambda: channel.resting)
+    if kind == "regular":
+        channel.work()
+    else:
+        wakeup = channel.wakeup
+        wakeup.set_result(None)
+        wait_until(lambda: channel.wakeup is not wakeup and channel.resting)
+    assert made == [0]
+    assert list(stream) == made == list(range(5))
+
+
+@both
 def test_a_consumer_that_does_not_come_holds_it_back(kind: str) -> None:
     made: list[int] = []
 

@@ -261,6 +261,12 @@ def make_running_coroutine():
     return unfuture
 
 
+def make_coroutine_in_its_first_step():
+    unfuture = blocked_loop()
+    begun.wait(60)
+    return unfuture
+
+
 def make_queued_coroutine():
     blocked_loop()
     begun.wait(60)
@@ -323,6 +329,7 @@ def let_go():
 
 KINDS = [
     "running_coroutine",
+    "coroutine_in_its_first_step",
     "queued_coroutine",
     "running_function",
     "queued_function",
