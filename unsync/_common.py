@@ -362,10 +362,10 @@ def hint_at_map(failure: BaseException) -> BaseException:
 _FOLDER = os.path.dirname(__file__)
 
 
-def warn_if_it_blocks(loop: asyncio.AbstractEventLoop, unfuture: Unfuture[Any]) -> None:
+def warn_if_it_blocks(loop: asyncio.AbstractEventLoop) -> None:
     """In a thread that is going to wait, where that loop runs: in debug mode it warns.
 
-    Once for each place, as Python's warnings do.
+    Once for each place: Python's warnings do so as long as the message is the same.
     """
     if not loop.get_debug():
         return
@@ -374,8 +374,7 @@ def warn_if_it_blocks(loop: asyncio.AbstractEventLoop, unfuture: Unfuture[Any]) 
         frame = frame.f_back
     if frame is not None:
         warnings.warn_explicit(
-            f"this waits for {unfuture!r} and blocks the event loop that runs here, {loop!r}: use "
-            "'await' in its place",
+            "this waits for an Unfuture and blocks the event loop that runs here; use 'await'",
             RuntimeWarning,
             frame.f_code.co_filename,
             frame.f_lineno,
@@ -883,6 +882,10 @@ class Mirror:
     def running(self) -> bool:
         raise NotImplementedError
 
+    def behind(self) -> Unfuture[Any] | None:
+        """Of a view: which Unfuture it shows."""
+        raise NotImplementedError
+
     def push(self, status: int, outcome: Any) -> None:
         """Gives the wrapped future the outcome that somebody set on the Unfuture."""
         raise NotImplementedError
@@ -912,6 +915,9 @@ class AsyncioMirror(Mirror):
         # Not the future's own: only the loop's thread may look at its callbacks.
         name = f" {name_of(self._future)}" if isinstance(self._future, asyncio.Task) else ""
         return f"<{type(self._future).__name__}{name}>"
+
+    def behind(self) -> Unfuture[Any] | None:
+        return getattr(self._future, "_unfuture", None)
 
     def attach(self) -> None:
         if _MAY_LOOK or has_gil() or running_loop() is self._loop or not self._loop.is_running():
@@ -980,6 +986,9 @@ class ConcurrentMirror(Mirror):
     def __repr__(self) -> str:
         return repr(self._future)
 
+    def behind(self) -> Unfuture[Any] | None:
+        return getattr(self._future, "_unfuture", None)
+
     def attach(self) -> None:
         self._future.add_done_callback(_CopyOutcome(self._target))
 
@@ -1037,8 +1046,10 @@ def is_asyncio_future(value: object) -> bool:
 def mirror_of(target: Unfuture[Any], source: object) -> Mirror:
     """The mirror for what `Unfuture(source)` was given.
 
-    :raises TypeError: if `source` is no future.
+    :raises TypeError: if `source` is no future, or a view of `target` itself.
     """
+    if getattr(source, "_unfuture", None) is target:
+        raise circle_error()
     if is_asyncio_future(source):
         return AsyncioMirror(target, cast("asyncio.Future[Any]", source))
     if isinstance(source, concurrent.futures.Future):

@@ -2874,7 +2874,7 @@ cdef class Unfuture(_Item):
             check_threads()
         loop = running_loop()
         if loop is not None and not self.is_done():
-            warn_if_it_blocks(loop, self)
+            warn_if_it_blocks(loop)
         cdef _Blocked blocked = _Blocked.__new__(_Blocked)
         cdef bint released = False
         if not self.add_waiter(blocked):
@@ -2960,12 +2960,14 @@ cdef class Unfuture(_Item):
         raise cancelled_error(self._outcome, True)
 
     def _behind(self):
-        """What its outcome hangs upon, if that is an Unfuture or a task."""
+        """What its outcome hangs upon, if that is an Unfuture, also behind a view, or a task."""
         cdef int kind
         lock(self)
         kind = self._kind
         source = self._source
         unlock(self)
+        if kind == MIRROR:
+            return source.behind()
         return source if kind == TASK or CONTINUATION <= kind <= UNFUTURE else None
 
     # What the two parents' modules look for.
@@ -3429,6 +3431,19 @@ cdef int finish_calls(list calls, list results) except -1:
 
 
 @cython.final
+@cython.trashcan(True)
+cdef class _Leaver(_Item):
+    """Of a job of a bounded queue: that it is cancelled before it begins makes room."""
+
+    cdef JobQueue queue
+
+    cdef Unfuture fire(self, Unfuture unfuture):
+        if unfuture.is_cancelled() and self.queue.drop_cancelled():
+            self.queue.open_door()
+        return None
+
+
+@cython.final
 cdef class JobQueue(_Line):
     """The work of a pool's threads: jobs in the order they came, and the workers that are idle.
 
@@ -3527,6 +3542,7 @@ cdef class JobQueue(_Line):
     cdef Unfuture put(self, function, tuple args, dict kwargs):
         """`args` is not None."""
         cdef Unfuture unfuture = blank_on_its_way()
+        cdef _Leaver leaver
         cdef _Keywords keywords
         cdef _Blocked idle = None
         cdef bint spawn = False, full = False, lone, in_loop
@@ -3541,6 +3557,10 @@ cdef class JobQueue(_Line):
             unfuture._outcome = args
         unfuture._extra = copy_context()
         unfuture._kind = JOB
+        if self._room >= 0 and self._patient:
+            leaver = _Leaver.__new__(_Leaver)
+            leaver.queue = self
+            unfuture.add_waiter(leaver)
         # Asked before the section, and only where it counts.
         in_loop = WITH_GIL and self._rousing and running_loop() is not None
         while True:
@@ -4280,6 +4300,7 @@ class pool_wait:
 
 
 @cython.final
+@cython.trashcan(True)
 cdef class Route:
     """Where regular functions go at the moment: `submit(function, args, kwargs)`.
 
@@ -4355,6 +4376,7 @@ BIND_CLASS = 1
 BIND_NOTHING = 2
 
 
+@cython.trashcan(True)
 cdef class Launcher:
     """A function that runs elsewhere: calling it gives an Unfuture at once.
 
@@ -4468,7 +4490,8 @@ cdef int forbid_making(cls) except -1:
 
 
 for _class in (
-    _Item, _Line, _Blocked, _Callback, _Failed, _Follower, _Keywords, _Park, _TaskDone, _Worker
+    _Item, _Line, _Blocked, _Callback, _Failed, _Follower, _Keywords, _Leaver, _Park, _TaskDone,
+    _Worker,
 ):
     forbid_making(_class)
 del _class

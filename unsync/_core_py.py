@@ -2281,7 +2281,7 @@ class Unfuture(_Future[T]):
         check_threads()
         loop = running_loop()
         if loop is not None and not self.done():
-            warn_if_it_blocks(loop, self)
+            warn_if_it_blocks(loop)
         blocked = _Blocked()
         if not self._add_waiter(blocked):
             return
@@ -2357,10 +2357,12 @@ class Unfuture(_Future[T]):
             del self
 
     def _behind(self) -> Any:
-        """What its outcome hangs upon, if that is an Unfuture or a task."""
+        """What its outcome hangs upon, if that is an Unfuture, also behind a view, or a task."""
         source = self._source
         if isinstance(source, _Continuation):
             return source.source
+        if isinstance(source, Mirror):
+            return source.behind()
         return source if isinstance(source, (Unfuture, asyncio.Task)) else None
 
     # What the two parents' modules look for.
@@ -2784,6 +2786,8 @@ class JobQueue:
         unfuture = _blank(Unfuture)
         unfuture._source = _Job(function, args, kwargs, copy_context())
         if self._room >= 0:
+            if self._patient:
+                unfuture._add_waiter(_Leaver(self))
             self._enter(unfuture)
         if self._refuse is not None:
             self._leave(unfuture)
@@ -3225,6 +3229,20 @@ class JobQueue:
             worker.waits = 0
         # All anew: a thread of the parent may have been in the middle of a change.
         self._set_up()
+
+
+@final
+class _Leaver(_Waiter):
+    """Of a job of a bounded queue: that it is cancelled before it begins makes room."""
+
+    __slots__ = ("queue",)
+
+    def __init__(self, queue: JobQueue) -> None:
+        self.queue = queue
+
+    def _fire(self, unfuture: Unfuture[Any]) -> None:
+        if unfuture.cancelled():
+            self.queue._drop_cancelled()
 
 
 @final

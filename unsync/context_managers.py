@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -179,7 +179,7 @@ class AmbientContextManager(Generic[T]):
     :raises TypeError: if `manager` is no async context manager.
     """
 
-    __slots__ = ("__weakref__", "_host", "_lock", "_make_again", "_manager")
+    __slots__ = ("__weakref__", "_free", "_hosts", "_make_again", "_manager")
 
     def __init__(self, manager: AbstractAsyncContextManager[T, bool | None]) -> None:
         kind = type(manager)
@@ -191,8 +191,9 @@ class AmbientContextManager(Generic[T]):
         self._manager = manager
         # For each call of a function that it decorates.
         self._make_again: Callable[[], AbstractAsyncContextManager[T, bool | None]] | None = None
-        self._lock = threading.Lock()  # guards what follows
-        self._host: _Host[T] | None = None
+        # Taken by who enters it, and put back by who has left it; and what was made meanwhile.
+        self._free: deque[None] = deque([None])
+        self._hosts: deque[_Host[T]] = deque()
 
     def __call__(self, func: F) -> F:
         function: Callable[..., Any] = func
@@ -300,19 +301,24 @@ class AmbientContextManager(Generic[T]):
     def _begin(
         self, make: Callable[[AbstractAsyncContextManager[T, bool | None]], _Host[T]]
     ) -> _Host[T]:
-        with self._lock:
-            if self._host is not None:
-                raise RuntimeError(
-                    f"{self!r} is entered already; make one for each block that is to enter it"
-                )
-            host = self._host = make(self._manager)
-            return host
+        if not _common.take(self._free):
+            raise RuntimeError(
+                f"{self!r} is entered already; make one for each block that is to enter it"
+            )
+        try:
+            host = make(self._manager)
+            self._hosts.append(host)
+        except BaseException:
+            self._free.append(None)
+            raise
+        return host
 
     def _take(self) -> _Host[T]:
-        with self._lock:
-            host, self._host = self._host, None
-        if host is None:
-            raise RuntimeError(f"{self!r} was left before it was entered")
+        try:
+            host = self._hosts.popleft()
+        except IndexError:
+            raise RuntimeError(f"{self!r} was left before it was entered") from None
+        self._free.append(None)
         return host
 
 

@@ -523,8 +523,8 @@ class Stream(Generic[T]):
         closed.result()
 
     async def aclose(self) -> None:
-        """`close()` in any loop."""
-        await self._channel.close()
+        """`close()` in any loop. Who is cancelled here leaves the closing to go on."""
+        await asyncio.shield(self._channel.close())
 
     def __enter__(self) -> Stream[T]:
         return self

@@ -631,6 +631,31 @@ def test_a_continuation_that_returns_one_of_its_own_continuations_is_an_error() 
             unfuture.result(PATIENCE)
 
 
+VIEWS: dict[str, Callable[[Unfuture[Any]], Any]] = {
+    "future": lambda unfuture: unfuture.future,
+    "Unfuture(future)": lambda unfuture: Unfuture(unfuture.future),
+    "map().future": lambda unfuture: unfuture.map(len).future,
+    "Unfuture(concurrent_future)": lambda unfuture: Unfuture(unfuture.concurrent_future),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_circle_through_a_view_is_an_error(view: str) -> None:
+    gate = threading.Event()
+    unfuture: Unfuture[Any] = begin(gate).then(lambda _: VIEWS[view](unfuture))
+    gate.set()
+    with pytest.raises(TypeError, match="waits for"):
+        unfuture.result(PATIENCE)
+    assert not unfuture.cancel()
+
+
+def test_what_shows_itself_is_an_error() -> None:
+    unfuture: Unfuture[Any] = Unfuture()
+    with pytest.raises(TypeError, match="waits for"):
+        Unfuture.__init__(unfuture, unfuture.concurrent_future)
+    assert unfuture.cancel()
+
+
 def test_those_in_a_circle_can_be_cancelled_however_it_was_made() -> None:
     circle: list[Unfuture[Any]] = [Unfuture() for _ in range(3)]
     following: list[Unfuture[Any]] = [Unfuture() for _ in circle]

@@ -7,6 +7,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -224,3 +225,31 @@ def test_another_pools_worker_that_waits_is_made_up_for(make: Make, gate: thread
 def test_bad_options_are_value_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ThreadExecutor(1, **options)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_call_that_is_cancelled_lets_in_one_that_waits(
+    make: Make, gate: threading.Event, when: str
+) -> None:
+    """Also if what runs waits for just that."""
+    executor = make(1, max_queued=1, when_full="wait")
+    running = executor.submit(gate.wait, PATIENCE)
+    wait_until(running.running)
+    queued = executor.submit(int)
+    if when == "before":
+        queued.cancel()
+    entered: list[Unfuture[int]] = []
+
+    def submit() -> None:
+        entered.append(executor.submit(int, "7"))
+        gate.set()
+
+    waits = threading.Thread(target=submit)
+    waits.start()
+    if when == "after":
+        # No thread of the pool is there to see to it, and nothing tells that it has come so far.
+        time.sleep(0.05)
+        queued.cancel()
+    waits.join(PATIENCE)
+    assert running.result(PATIENCE)
+    assert entered[0].result(PATIENCE) == 7

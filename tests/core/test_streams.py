@@ -1226,3 +1226,51 @@ def test_what_a_generator_returns_is_the_value_of_its_end_once() -> None:
     with pytest.raises(StopIteration) as end:
         next(closed)
     assert end.value.value is None
+
+
+@both
+def test_who_gives_up_closing_leaves_it_to_others(kind: str) -> None:
+    begun, gate = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def body() -> Iterator[int]:
+        try:
+            yield from range(3)
+        finally:
+            begun.set()
+            gate.wait(PATIENCE)
+            ended.append(1)
+
+    @unsync(read_ahead=1)
+    async def async_body() -> AsyncIterator[int]:
+        try:
+            for number in range(3):
+                yield number
+        finally:
+            begun.set()
+            await in_thread()
+            ended.append(1)
+
+    @unsync
+    def in_thread() -> None:
+        gate.wait(PATIENCE)
+
+    stream = async_body() if kind == "async" else marked(body, kind, read_ahead=1)()
+    channel: Any = stream._channel
+    wait_until(lambda: channel.resting)
+
+    async def close() -> None:
+        closing = asyncio.ensure_future(stream.aclose())
+        await asyncio.to_thread(begun.wait, PATIENCE)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        other = asyncio.ensure_future(stream.aclose())
+        await asyncio.sleep(0)
+        assert not other.done()
+        gate.set()
+        await other
+
+    asyncio.run(close())
+    assert ended == [1]
+    stream.close()
