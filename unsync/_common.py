@@ -23,7 +23,7 @@ from contextlib import suppress
 from contextvars import Context
 from time import monotonic
 from types import CoroutineType, FrameType, FunctionType, GeneratorType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -744,6 +744,10 @@ class Making:
     makes one as well, and the first that is there counts.
     """
 
+    # What the compiled core has in place: so its waits ask a C variable. To look into what belongs
+    # to the thread took 2 % of the instructions of a call that is waited for.
+    note: ClassVar[Callable[[int], object]] = int
+
     def __init__(self) -> None:
         self._lock = threading.RLock()
 
@@ -757,6 +761,7 @@ class Making:
     def __enter__(self) -> None:
         # First: a handler may come between this and the next line, too.
         by_this_thread.makings.append(self)
+        Making.note(1)
         try:
             self._lock.acquire()
         except BaseException:
@@ -765,6 +770,7 @@ class Making:
 
     def __exit__(self, *_: object) -> None:
         self.step_aside()
+        Making.note(-1)
         by_this_thread.makings.remove(self)
 
     def step_aside(self) -> None:

@@ -31,6 +31,7 @@ from weakref import ref
 
 cimport cython
 from cpython.contextvars cimport (
+    PyContext_CheckExact,
     PyContext_CopyCurrent,
     PyContext_Enter,
     PyContext_Exit,
@@ -49,10 +50,10 @@ from unsync._common import (
     WAKE_AGAIN_SECONDS,
     CancelRequest,
     Latch,
+    Making,
     Waiters,
     already_done_error,
     awaited_exception,
-    by_this_thread,
     cancelled_error,
     check_callable,
     check_context,
@@ -232,6 +233,17 @@ cdef extern from *:
     #endif
     """
     PyObject *this_worker "unsync_worker"
+
+cdef extern from *:
+    """
+    /* In how many a `Making` the calling thread is. */
+    #if defined(_MSC_VER) && !defined(__clang__)
+      static __declspec(thread) int unsync_makings = 0;
+    #else
+      static __thread int unsync_makings = 0;
+    #endif
+    """
+    int making_here "unsync_makings"
 
 cdef extern from *:
     """
@@ -421,11 +433,20 @@ cdef inline bint is_in_home_thread() noexcept:
 cdef inline int wake_home_again() except -1:
     """For a thread that is about to wait."""
     cdef Mailbox mailbox = home_now()
-    if by_this_thread.makings:
+    if making_here > 0:
         let_others_make()
     if mailbox is not None:
         mailbox.wake_again()
     return 0
+
+
+def _note_making(int change):
+    """Of the calling thread: how many more a `Making` it is in, so that its waits know."""
+    global making_here
+    making_here += change
+
+
+Making.note = _note_making
 
 
 def after_fork():
@@ -1492,7 +1513,7 @@ cdef class _Park(_Item):
         cdef bint fresh
         if context is None:
             context = PyContext_CopyCurrent()
-        else:
+        elif not PyContext_CheckExact(context):
             check_context(context)
         lock(self)
         fresh = self.loop is not None and self.wakeup is None
@@ -1591,6 +1612,15 @@ cdef class _Failed(_Item):
 
     cdef Unfuture fire(self, Unfuture unfuture):
         raise self.failure
+
+
+cdef failure_of_closing(coro):
+    """Closes a coroutine that will not begin; what a log handler raised meanwhile, or a Ctrl-C."""
+    try:
+        close_unstarted(coro)
+    except BaseException as exc:
+        return exc
+    return None
 
 
 cdef Unfuture pass_on(Unfuture source, Unfuture target):
@@ -2323,7 +2353,8 @@ cdef class Unfuture(_Item):
             check_callable("a done-callback", fn)
         loop = running_loop()
         if context is not None:
-            check_context(context)
+            if not PyContext_CheckExact(context):
+                check_context(context)
         elif loop is not None:
             context = PyContext_CopyCurrent()
         cdef _Callback callback = callback_of(fn, context, loop)
@@ -2430,23 +2461,28 @@ cdef class Unfuture(_Item):
         """Makes it done, once: the waiters to fire, or REFUSED if somebody else was first."""
         self.check_fork()
         chain = self.change(status, outcome, expected, None)
-        if chain is RETRY:
-            # concurrent.futures.wait() reads the state and enlists under this condition, so the
-            # state must not change between the two.
-            side = self.side()
-            failure = None
-            try:
-                with side.condition:
-                    chain = self.change(status, outcome, expected, side)
-                    if chain is not REFUSED:
-                        failure = side.tell(self, load(&self._status))
-            except BaseException as exc:
-                if chain is RETRY:
-                    raise
-                failure = exc
-            if failure is not None:
-                chain = with_failure(chain, failure)
-        return chain
+        # In a function of its own, as every other `try` on this way: each took 20 instructions of
+        # all that end, and nearly none come here.
+        return self.claim_under_condition(status, outcome, expected) if chain is RETRY else chain
+
+    cdef claim_under_condition(self, int status, outcome, int expected):
+        """Where concurrent.futures.wait() reads the state, and enlists, under this condition.
+
+        The state must not change between the two.
+        """
+        side = self.side()
+        chain = RETRY
+        failure = None
+        try:
+            with side.condition:
+                chain = self.change(status, outcome, expected, side)
+                if chain is not REFUSED:
+                    failure = side.tell(self, load(&self._status))
+        except BaseException as exc:
+            if chain is RETRY:
+                raise
+            failure = exc
+        return chain if failure is None else with_failure(chain, failure)
 
     cdef side(self):
         lock(self)
@@ -2505,10 +2541,9 @@ cdef class Unfuture(_Item):
             if PyCoro_CheckExact(source):
                 track(source)
             if before == PENDING:
-                try:
-                    close_unstarted(source)
-                except BaseException as exc:  # a log handler's, or a Ctrl-C
-                    chain = with_failure(chain, exc)
+                failure = failure_of_closing(source)
+                if failure is not None:
+                    chain = with_failure(chain, failure)
         return chain
 
     cdef int keep_name(self, name) except -1:
@@ -2872,13 +2907,13 @@ cdef class Unfuture(_Item):
             check_timeout(timeout)
         if threading_names["get_ident"] is not own_get_ident:
             check_threads()
-        loop = running_loop()
-        if loop is not None and not self.is_done():
-            warn_if_it_blocks(loop)
         cdef _Blocked blocked = _Blocked.__new__(_Blocked)
         cdef bint released = False
         if not self.add_waiter(blocked):
             return 0
+        loop = running_loop()
+        if loop is not None:
+            warn_if_it_blocks(loop)
         try:
             if this_worker is NULL:
                 if timeout is None:
@@ -3861,7 +3896,7 @@ cdef class JobQueue(_Line):
         cdef _Worker worker = _Worker.__new__(_Worker)
         cdef _Blocked parking = _Blocked.__new__(_Blocked), idle
         cdef Unfuture unfuture, done, call = None
-        cdef bint end = False, counted = True, begun = False, roused = False, missing
+        cdef bint end = False, counted = True, begun = False, roused = False, held = False, missing
         request = blocked = None
         worker.queue = self
         lock(self)
@@ -3916,14 +3951,18 @@ cdef class JobQueue(_Line):
                 if done is not None:
                     self.count_ended(done, begun)
                     # Held in locals, so that nothing is dropped in here.
-                    if worker.call is not None:
+                    if worker.call is not None or worker.request is not None or (
+                        worker.blocked is not None  # somebody raised something in the thread
+                    ):
+                        held = True
                         worker.call, call = None, worker.call
-                    if worker.request is not None:
                         worker.request, request = None, worker.request
-                    if worker.blocked is not None:  # somebody raised something in the thread
                         worker.blocked, blocked = None, worker.blocked
                 unlock(self)
-                done = call = request = blocked = None
+                done = None
+                if held:
+                    held = False
+                    call = request = blocked = None
                 if idle is not None:
                     PyThread_release_lock(idle.lock)
                 self.open_door()

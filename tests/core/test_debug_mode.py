@@ -15,12 +15,17 @@ from unsync import Unfuture, unsync
 SLOW = 0.05
 
 
+def take_a_turn() -> None:
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), unsync.loop).result(PATIENCE)
+
+
 @pytest.fixture(autouse=True)
 def debug_mode() -> Iterator[None]:
     loop = unsync.loop
     before = loop.get_debug(), loop.slow_callback_duration
     loop.set_debug(True)
     loop.slow_callback_duration = SLOW / 2
+    take_a_turn()  # that it was set is seen by the turns that begin after it
     yield
     loop.set_debug(before[0])
     loop.slow_callback_duration = before[1]
@@ -65,8 +70,7 @@ CALLS: dict[Callable[..., Any], Callable[[], Unfuture[Any]]] = {
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    # The loop warns of a callback when it is over: this is behind it.
-    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), unsync.loop).result(PATIENCE)
+    take_a_turn()  # the loop warns of a callback when it is over, and this is behind it
     return [text for name, _, text in caplog.record_tuples if name == "asyncio"]
 
 
@@ -89,6 +93,7 @@ def test_what_takes_less_than_the_loop_allows_is_not(caplog: pytest.LogCaptureFi
 
 def test_outside_of_debug_mode_nothing_is(caplog: pytest.LogCaptureFixture) -> None:
     unsync.loop.set_debug(False)
+    take_a_turn()
     for call in CALLS.values():
         call().result(PATIENCE)
     assert warnings(caplog) == []

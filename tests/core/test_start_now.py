@@ -73,6 +73,12 @@ async def give_later(value: Any) -> Any:
     return value
 
 
+@pytest.fixture(autouse=True)
+def _none_has_started_yet() -> None:
+    """Of the 256 that may until the mailbox is emptied, as it is for this call."""
+    unsync(asyncio.sleep)(0).result(PATIENCE)
+
+
 # When it starts.
 
 
