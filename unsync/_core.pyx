@@ -1614,13 +1614,19 @@ cdef class _Failed(_Item):
         raise self.failure
 
 
-cdef failure_of_closing(coro):
-    """Closes a coroutine that will not begin; what a log handler raised meanwhile, or a Ctrl-C."""
-    try:
-        close_unstarted(coro)
-    except BaseException as exc:
-        return exc
-    return None
+cdef leave_coroutine(coro, bint unstarted, chain):
+    """What stood behind an Unfuture that is done now: closes it if it has not begun.
+
+    Returns the waiters to fire, and what a log handler raised meanwhile, or a Ctrl-C.
+    """
+    if PyCoro_CheckExact(coro):
+        track(coro)
+    if unstarted:
+        try:
+            close_unstarted(coro)
+        except BaseException as exc:
+            return with_failure(chain, exc)
+    return chain
 
 
 cdef Unfuture pass_on(Unfuture source, Unfuture target):
@@ -2537,14 +2543,7 @@ cdef class Unfuture(_Item):
                         store(&self._unseen, True)
                     store(&self._status, status)
             unlock(self)
-        if kind == COROUTINE:
-            if PyCoro_CheckExact(source):
-                track(source)
-            if before == PENDING:
-                failure = failure_of_closing(source)
-                if failure is not None:
-                    chain = with_failure(chain, failure)
-        return chain
+        return leave_coroutine(source, before == PENDING, chain) if kind == COROUTINE else chain
 
     cdef int keep_name(self, name) except -1:
         """For `repr`: the function that was behind it."""
@@ -2572,6 +2571,8 @@ cdef class Unfuture(_Item):
 
     cdef bint complete(self, int status, outcome, int expected) except -1:
         """Makes it done and tells everybody; False if it was done already."""
+        if WITH_GIL or status != FAILED:  # as in `settle`, of which most ends need no more
+            return self.finish(status, outcome, expected, False) is not REFUSED
         return self.settle(status, outcome, expected, False) is not REFUSED
 
     cdef settle(self, int status, outcome, int expected, bint raises):
@@ -2811,9 +2812,8 @@ cdef class Unfuture(_Item):
 
         Returns whether it began.
         """
-        cdef bint begun = False
+        cdef bint begun = False, coroutine = False
         cdef int status = FINISHED
-        cdef Unfuture rest = None
         function = arguments = context = None
         lock(self)
         if self._status == PENDING:
@@ -2838,7 +2838,8 @@ cdef class Unfuture(_Item):
                     result = (<_Keywords>arguments).call(function)
                 if PyCoro_CheckExact(result):
                     # Of a function below a decorator that is none for coroutines, say.
-                    rest = Unfuture(result)
+                    result = Unfuture(result)
+                    coroutine = True
             finally:
                 PyContext_Exit(context)
         except AsyncioCancelledError as exc:
@@ -2850,10 +2851,10 @@ cdef class Unfuture(_Item):
             result = exc
         # Out here: as long as an exception is being handled, this thread looks at its traceback
         # now and then, and whoever waits is about to change that.
-        if rest is None:
-            self.complete(status, result, ANY)
+        if coroutine:
+            self.follow(result)
         else:
-            self.follow(rest)
+            self.complete(status, result, ANY)
         return True
 
     cdef bint add_waiter(self, _Item waiter) except -1:

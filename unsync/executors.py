@@ -63,8 +63,8 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
         broken and refuses work with `BrokenThreadPool`.
     :param initargs: the arguments for `initializer`.
     :param spare_workers: how many threads there may be beyond `max_workers`, in place of those
-        that wait. If they are used up, and all threads wait for functions that none is left
-        for, waiting is a RuntimeError. What is over when the waits end goes idle, up to
+        that wait. If they are used up, and all threads wait in `result()` or `exception()` for
+        functions that none is left for, that is a RuntimeError. What is over when the waits end goes idle, up to
         `max_workers` threads, or ends.
     :param max_queued: how many calls may wait for a thread; None for any number. Calls that the
         pool's own functions make always may.

@@ -631,21 +631,33 @@ def test_a_continuation_that_returns_one_of_its_own_continuations_is_an_error() 
             unfuture.result(PATIENCE)
 
 
-VIEWS: dict[str, Callable[[Unfuture[Any]], Any]] = {
-    "future": lambda unfuture: unfuture.future,
-    "Unfuture(future)": lambda unfuture: Unfuture(unfuture.future),
-    "map().future": lambda unfuture: unfuture.map(len).future,
-    "Unfuture(concurrent_future)": lambda unfuture: Unfuture(unfuture.concurrent_future),
+# Each makes another one of an Unfuture, and says how that is returned.
+CIRCLES: dict[str, tuple[Callable[[Unfuture[Any]], Any], Callable[[Unfuture[Any]], Any]]] = {
+    "future": (lambda unfuture: unfuture, lambda other: other.future),
+    "Unfuture(future)": (lambda unfuture: Unfuture(unfuture.future), lambda other: other),
+    "map().future": (lambda unfuture: unfuture.map(len), lambda other: other.future),
+    "Unfuture(concurrent_future)": (
+        lambda unfuture: Unfuture(unfuture.concurrent_future),
+        lambda other: other,
+    ),
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_a_circle_through_a_view_is_an_error(view: str) -> None:
+@pytest.mark.parametrize("circle", CIRCLES)
+def test_a_circle_through_a_view_is_an_error(circle: str) -> None:
     gate = threading.Event()
-    unfuture: Unfuture[Any] = begin(gate).then(lambda _: VIEWS[view](unfuture))
+    make, give = CIRCLES[circle]
+    others: list[Unfuture[Any]] = []
+
+    def go_on(_: object) -> Any:
+        others.append(make(unfuture))
+        return give(others[0])
+
+    unfuture: Unfuture[Any] = begin(gate).then(go_on)
     gate.set()
-    with pytest.raises(TypeError, match="waits for"):
-        unfuture.result(PATIENCE)
+    for each in unfuture, *others:
+        with pytest.raises(TypeError, match="waits for"):
+            each.result(PATIENCE)
     assert not unfuture.cancel()
 
 

@@ -296,7 +296,7 @@ def test_one_who_tells_it_late_to_go_on_does_not_have_it_go_too_far(kind: str) -
 
     stream = marked(body, kind, read_ahead=1)()
     channel: Any = stream._channel
-    wait_until(lambda: channel.resting)
+    wait_until(lambda: channel.made and channel.resting)
     if kind == "regular":
         channel.work()
     else:
@@ -1257,7 +1257,7 @@ def test_who_gives_up_closing_leaves_it_to_others(kind: str) -> None:
 
     stream = async_body() if kind == "async" else marked(body, kind, read_ahead=1)()
     channel: Any = stream._channel
-    wait_until(lambda: channel.resting)
+    wait_until(lambda: channel.made and channel.resting)
 
     async def close() -> None:
         closing = asyncio.ensure_future(stream.aclose())
