@@ -2761,7 +2761,7 @@ cdef class Unfuture(_Item):
             self.track_chain()
             if other.hangs_upon(self):
                 self.complete(FAILED, circle_error(), ANY)
-                return 0
+        # In a circle, too: it will fail for the same reason, which is no news.
         cdef _Follower follower = _Follower.__new__(_Follower)
         follower.target = self
         if not other.add_waiter(follower):

@@ -2193,7 +2193,7 @@ class Unfuture(_Future[T]):
             return
         if self._waiting and source._hangs_upon(self):
             self._complete(FAILED, circle_error())
-            return
+        # In a circle, too: it will fail for the same reason, which is no news.
         follower = _Follower(self)
         if not source._add_waiter(follower):
             _fire_all(source, False, follower)

@@ -64,8 +64,8 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
     :param initargs: the arguments for `initializer`.
     :param spare_workers: how many threads there may be beyond `max_workers`, in place of those
         that wait. If they are used up, and all threads wait in `result()` or `exception()` for
-        functions that none is left for, that is a RuntimeError. What is over when the waits end goes idle, up to
-        `max_workers` threads, or ends.
+        functions that none is left for, that is a RuntimeError. What is over when the waits end
+        goes idle, up to `max_workers` threads, or ends.
     :param max_queued: how many calls may wait for a thread; None for any number. Calls that the
         pool's own functions make always may.
     :param when_full: what a call does that would be one too many: `"raise"` a `queue.Full`, or
