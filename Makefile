@@ -54,7 +54,8 @@ test-cython:
 	$(MAKE) VENV=.venv-cython .venv-cython/.pip
 	.venv-cython/bin/python -m pip install --quiet --group test-basic $(CYTHON)
 	.venv-cython/bin/python -m pip install --quiet --no-build-isolation --no-deps .
-	UNSYNC_TEST_CORE=compiled UNSYNC_TEST_INSTALLED=1 .venv-cython/bin/pytest
+	UNSYNC_TEST_CORE=compiled UNSYNC_TEST_INSTALLED=1 .venv-cython/bin/pytest tests/core
+	UNSYNC_TEST_CORE=compiled UNSYNC_TEST_INSTALLED=1 .venv-cython/bin/pytest tests/world
 
 # What users see is checked for the oldest Python, which pyproject.toml names, and for the newest.
 NEWEST := 3.15

@@ -1,6 +1,6 @@
 """The test runs of this project, tier by tier, and what runs their stages side by side.
 
-    python .ci/tiers.py TIER [--at-once N]
+    python .ci/tiers.py TIER [--at-once N] [--before SECONDS]
 
 `make test` and `make test-core` call it for their tiers, `.ci/run` and `.ci/full` for theirs. A
 stage is one command. Stages start in the order of the table, at most N at once, each when those
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "stages"
 # How often the terminal is told where the stages are, in seconds.
 PROGRESS_SECONDS = 15.0
+# A stage that takes this long hangs: the longest of all takes a quarter of it under load.
+LIMIT_SECONDS = 3600.0
 # How much of what a failed stage printed is shown, in lines; and at the end, of why it failed.
 TAIL = 80
 REASONS = 40
@@ -76,10 +78,17 @@ class Stage:
         return [line for line in lines if not line.startswith(("SKIPPED", "XFAIL"))][-TAIL:]
 
     def reasons(self) -> list[str]:
-        """pytest's own lines on what failed, those of a tier inside this one included."""
+        """pytest's own lines on what failed, those of a tier inside this one included.
+
+        And in which order the tests were, by the option that repeats it.
+        """
         lines = self.printed().splitlines()
-        found = [line for line in lines if re.match(r"E  |(FAILED|ERROR) \S+::", line)]
-        return list(dict.fromkeys(found))[-REASONS:]
+        kinds = r"E  |(FAILED|ERROR) \S+::|order of the tests: "
+        return list(dict.fromkeys(line for line in lines if re.match(kinds, line)))[-REASONS:]
+
+    def lacks(self) -> list[str]:
+        """What pytest said of tests that were skipped for want of a program."""
+        return re.findall(r"^\d+ skipped without .*$", self.printed(), re.MULTILINE)
 
 
 FOLDERS = ["core", "world", "outside"]
@@ -123,7 +132,8 @@ def wheels(action: str, *arguments: str) -> str:
 
 def build(*arguments: str) -> Stage:
     given = shlex.quote(f"WHEELS={shlex.join(['build', *arguments])}")
-    return Stage("wheels", f"make wheels VENV=.venv-wheels {given}")
+    # Both compile the checkout's extension to C in the same place, so one comes after the other.
+    return Stage("wheels", f"make wheels VENV=.venv-wheels {given}", needs=("environment",))
 
 
 def install(python: str, *options: str) -> Stage:
@@ -173,8 +183,8 @@ def run() -> list[Stage]:
     # `make test` has run all of the suite on the Python that it uses.
     others = [python for python in PYTHONS if python != PYTHON]
     return [
-        build("--once", *PYTHONS),
         *checkout(sanitizer_seconds=20),
+        build("--once", *PYTHONS),
         *(install(python) for python in PYTHONS),
         packaging(),
         *(
@@ -194,13 +204,15 @@ def run() -> list[Stage]:
 def full() -> list[Stage]:
     """Nightly, before a release, and whenever someone doubts."""
     more = [each for each in interpreters() if each.name not in PYTHONS]
-    stages = [build(), *checkout(sanitizer_seconds=300), packaging()]
+    # Of those that the tests need, not of whatever else is on the machine.
+    compiled = [*PYTHONS, *(each.name for each in more if each.compiles)]
+    stages = [*checkout(sanitizer_seconds=300), build(*compiled), packaging()]
     if os.name == "posix":
         if not {"3.14", "3.15", "pypy3.11"} <= {each.name for each in more}:
             # The longest of all comes first, lest it be alone in the end.
             stages.insert(0, Stage("3.14, 3.15 and PyPy, in Debian sid", ".ci/sid"))
         stages.append(Stage("AddressSanitizer", ".ci/address 30", needs=("environment",)))
-    for python in [*PYTHONS, *(each.name for each in more if each.compiles)]:
+    for python in compiled:
         stages.append(install(python, "--companions"))
         # A process for each folder: what one imports, the other must not have.
         stages += [
@@ -251,18 +263,30 @@ async def execute(stage: Stage) -> None:
             start_new_session=True,  # A group of its own, which can be ended as a whole.
         )
         try:
-            status = await process.wait()
+            async with asyncio.timeout(LIMIT_SECONDS):
+                status = await process.wait()
+        except TimeoutError:
+            await end(process)
+            log.write(f"ended after {LIMIT_SECONDS:.0f} s\n".encode())
+            status = None
         except asyncio.CancelledError:
-            with contextlib.suppress(ProcessLookupError):
-                (os.killpg if os.name == "posix" else os.kill)(process.pid, signal.SIGTERM)
-            await process.wait()
+            await end(process)
             raise
     stage.passed = status == 0
     stage.seconds = time.monotonic() - began
 
 
-async def execute_all(stages: list[Stage], at_once: int) -> None:
-    """Runs the stages, and tells the terminal what happens."""
+async def end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        (os.killpg if os.name == "posix" else os.kill)(process.pid, signal.SIGTERM)
+    await process.wait()
+
+
+async def execute_all(stages: list[Stage], at_once: int, before: float) -> None:
+    """Runs the stages, and tells the terminal what happens.
+
+    :param before: how many seconds it took to get so far.
+    """
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -272,6 +296,7 @@ async def execute_all(stages: list[Stage], at_once: int) -> None:
     waiting = list(stages)
     at_work: dict[asyncio.Task[None], Stage] = {}
     while waiting or at_work:
+        # In the order of the table, where what a stage needs comes before it.
         for stage in [*waiting]:
             needs = [named[name] for name in stage.needs]
             if any(need.passed is False for need in needs):
@@ -282,6 +307,8 @@ async def execute_all(stages: list[Stage], at_once: int) -> None:
                 waiting.remove(stage)
                 at_work[asyncio.create_task(execute(stage))] = stage
                 say(f"{stage.name}: started")
+        if not at_work:
+            continue  # what was left needs what has failed
         ended, _ = await asyncio.wait(
             at_work, timeout=PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED
         )
@@ -299,7 +326,10 @@ async def execute_all(stages: list[Stage], at_once: int) -> None:
     print("\nseconds  stage")
     for stage in stages:
         print(f"{stage.seconds:7.0f}  {stage.name}{'' if stage.passed else ': FAILED'}")
-    print(f"{time.monotonic() - began:7.0f}  in all, {at_once} stages at once")
+    print(f"{before:7.0f}  before that") if before else None
+    print(f"{before + time.monotonic() - began:7.0f}  in all, {at_once} stages at once")
+    # What could not be tested here, each once, and with what command that can be changed.
+    print(*dict.fromkeys(line for stage in stages for line in stage.lacks()), sep="\n")
     # Once more, and last: of a long log the end is what is read.
     for stage in stages:
         if stage.passed is False and (reasons := stage.reasons()):
@@ -326,6 +356,7 @@ async def main() -> int:
     parser.add_argument(
         "--at-once", type=int, default=int(os.environ.get("AT_ONCE") or 3), metavar="N"
     )
+    parser.add_argument("--before", type=float, default=0.0, metavar="SECONDS")
     options = parser.parse_args()
     if os.name == "posix":  # As on Ctrl-C: what the stages have started ends with this program.
         this = asyncio.current_task()
@@ -335,7 +366,7 @@ async def main() -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         stage.log.unlink(missing_ok=True)
-    await execute_all(stages, options.at_once)
+    await execute_all(stages, options.at_once, options.before)
     print(count_tests(stages))
     return 0 if all(stage.passed for stage in stages) else 1
 

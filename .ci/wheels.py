@@ -50,11 +50,14 @@ class Interpreter:
 def interpreters() -> list[Interpreter]:
     """Those on PATH, those of pyenv, and the one that `.ci/interpreter` keeps, one of each name."""
     ask = (
-        "import json, sys, sysconfig\n"
+        # One without these, as a system's own may be, can build and test nothing.
+        "import ensurepip, json, os, sys, sysconfig\n"
+        "header = os.path.join(sysconfig.get_path('include'), 'Python.h')\n"
         "name = '%d.%d' % sys.version_info[:2]\n"
         "name += 't' if sysconfig.get_config_var('Py_GIL_DISABLED') else ''\n"
         "cpython = sys.implementation.name == 'cpython'\n"
         "name = name if cpython else 'pypy' + name\n"
+        "if cpython and not os.path.exists(header): sys.exit(1)\n"
         "print(json.dumps([sys.version_info[:2], name, cpython]))"
     )
     pyenv = os.environ.get("PYENV_ROOT", str(Path.home() / ".pyenv"))
@@ -234,6 +237,8 @@ def spread(workers: int) -> list[str]:
 
 def test(name: str, core: str, wheel: str, arguments: list[str]) -> None:
     env = {**CORES[core], "UNSYNC_TEST_CORE": core, "UNSYNC_TEST_INSTALLED": "1"}
+    if name.endswith("t"):
+        env["PYTHON_GIL"] = "0"  # whatever the companions would have
     with tempfile.TemporaryDirectory() as scratch:
         # The program, not `python -m pytest`, which would find the checkout's unsync before it.
         pytest = place(name, wheel).with_name("pytest")
@@ -290,9 +295,12 @@ def main() -> None:
                 compiled = interpreter.compiles and not options.pure_only
                 for wheel in CORES if compiled else ["pure"]:
                     install(interpreter, companions=True, wheel=wheel)
+                    # What does not depend on the core has been run with the compiled one.
+                    once = ["-m", "not once"] if compiled and wheel == "pure" else []
                     # A process for each folder: what one imports, the other must not have.
                     for tests in passed_on or ["tests/core", "tests/world", "tests/outside"]:
-                        test(interpreter.name, wheel, wheel, ["--quiet", tests, *spread(3)])
+                        options = ["--quiet", tests, *spread(3), *once]
+                        test(interpreter.name, wheel, wheel, options)
 
 
 if __name__ == "__main__":

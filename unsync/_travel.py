@@ -425,7 +425,7 @@ def tell_first_failure(note: str) -> None:
 def _add_note(failure: BaseException) -> None:
     global _note
     note, _note = _note, None
-    if note is not None and sys.version_info >= (3, 11):
+    if note is not None:
         with suppress(Exception):
             failure.add_note(note)
 

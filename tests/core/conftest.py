@@ -15,6 +15,8 @@ from support import leftovers
 
 # Libraries that are large, or that change how threads, loops or processes behave.
 HEAVY = {"aiohttp", "celery", "django", "distributed", "fastapi", "flask", "loky", "numpy"}
+# But for what pytest's plugins have brought: that of random orders seeds numpy where there is one.
+HEAVY -= {*sys.modules}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -186,8 +186,8 @@ def test_tasks_use_the_loop_and_the_threads_of_their_process(
             with pytest.raises(AssertionError, match="daemonic processes"):
                 computed.get(PATIENCE)
         if pool == "prefork":  # the worker's main process answers, whatever its pool is
-            answer = inspect_ping(env)
-            assert (answer.returncode, "pong" in answer.stdout) == (0, True), answer.stderr
+            # The command waits for a second, which is less than a busy machine may take.
+            wait_until(lambda: "pong" in inspect_ping(env).stdout, "the worker's answer")
         # A task's counts are written when its result is there already.
         wait_until(lambda: total(tasks, "threads_started") == 10, "the threads' counts")
         wait_until(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support import under_test
 
+pytestmark = pytest.mark.once  # it picks the cores itself
+
 BENCH = Path(__file__).parent.parent.parent / "bench"
 
 sys.path.insert(0, str(BENCH))

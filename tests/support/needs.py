@@ -47,12 +47,18 @@ def how_to_get_programs() -> str:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_terminal_summary(terminalreporter: Any) -> Generator[None, None, None]:
-    """Says, as the last thing, that tests were skipped for want of programs, and what brings them.
+def pytest_terminal_summary(
+    terminalreporter: Any, config: pytest.Config
+) -> Generator[None, None, None]:
+    """Says, as the last things, how to have the tests in this order again, and what was lacking.
 
-    `tests/conftest.py` has it: with pytest-xdist the process that prints loads no other conftest.
+    That is, that tests were skipped for want of programs, and what brings them. `tests/conftest.py`
+    has it: with pytest-xdist the process that prints loads no other conftest.
     """
     yield
+    seed = config.getoption("randomly_seed", default=None)
+    if seed is not None:
+        terminalreporter.write_line(f"order of the tests: --randomly-seed={seed}")
     programs: set[str] = set()
     count = 0
     for report in terminalreporter.stats.get("skipped", []):

@@ -944,7 +944,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
 @pytest.mark.parametrize("chosen", ["", *sorted({"fork", "spawn"} & {*START_METHODS})])
 def test_the_first_failure_of_a_process_says_what_fork_would_have_brought(
     chosen: str, run_python: Run
