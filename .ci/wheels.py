@@ -299,8 +299,8 @@ def main() -> None:
                     once = ["-m", "not once"] if compiled and wheel == "pure" else []
                     # A process for each folder: what one imports, the other must not have.
                     for tests in passed_on or ["tests/core", "tests/world", "tests/outside"]:
-                        options = ["--quiet", tests, *spread(3), *once]
-                        test(interpreter.name, wheel, wheel, options)
+                        how = ["--quiet", tests, *spread(3), *once]
+                        test(interpreter.name, wheel, wheel, how)
 
 
 if __name__ == "__main__":

@@ -391,10 +391,12 @@ def run(name: str, parcel: bytes) -> object:
                 error = carried
             else:
                 try:
-                    _dumps_by_reference(exc)
+                    pickle.loads(_dumps_by_reference(exc))
                 except Exception:
                     # The executor will pickle what is raised in its own way, which cannot do that.
-                    error = _told(_Carrier("what is above is carried by value", carried), exc)
+                    error = _told(
+                        _Carrier("what is above is carried in a way of its own", carried), exc
+                    )
                 else:
                     raise
         else:
@@ -438,14 +440,46 @@ def _told(error: Exception, cause: BaseException) -> Exception:
     return error
 
 
+def _dumps_as_it_is(failure: object) -> bytes:
+    """Pickles exceptions, in groups too, with no need for their `__init__`.
+
+    That may want more than the arguments which an exception keeps, and by which pickle makes it
+    anew: many libraries have such.
+    """
+    buffer = io.BytesIO()
+    _failure_pickler()(buffer, 5).dump(failure)
+    return buffer.getvalue()
+
+
+@cache
+def _failure_pickler() -> Any:
+    from multiprocessing.reduction import ForkingPickler
+
+    class FailurePickler(ForkingPickler):
+        def reducer_override(self, thing: object) -> Any:
+            if isinstance(thing, BaseException):
+                reduced = thing.__reduce_ex__(5)
+                if isinstance(reduced, tuple) and reduced[0] is type(thing):
+                    return _remake, reduced[:2], *reduced[2:]
+            return NotImplemented
+
+    return FailurePickler
+
+
+def _remake(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    failure = cls.__new__(cls, *args)
+    if isinstance(failure, OSError):
+        OSError.__init__(failure, *args)  # which finds the error number among them
+    return failure
+
+
 def pack_failure(name: str, failure: BaseException) -> bytes | Exception:
     """What a call raised, pickled; or what to raise in its place, if it cannot travel back."""
     import pickle
 
     _add_note(failure)
     try:
-        carried = _dumps(failure)
-        pickle.loads(carried)
+        return dumps_failure(failure)
     except Exception as why:
         return _told(
             pickle.PicklingError(
@@ -453,6 +487,24 @@ def pack_failure(name: str, failure: BaseException) -> bytes | Exception:
             ),
             failure,
         )
+
+
+def dumps_failure(failure: object) -> bytes:
+    """Pickles an exception, or what holds one.
+
+    :raises Exception: if that cannot be unpickled.
+    """
+    import pickle
+
+    try:
+        carried = _dumps(failure)
+        pickle.loads(carried)
+    except Exception:
+        with suppress(Exception):
+            carried = _dumps_as_it_is(failure)
+            pickle.loads(carried)
+            return carried
+        raise
     return carried
 
 

@@ -577,7 +577,7 @@ def _pack_failure(name: str, failure: BaseException) -> tuple[int, _Pickled]:
     if isinstance(carried, Exception):
         failure = carried
     told = _ExceptionWithTraceback(failure, cast(TracebackType, failure.__traceback__))
-    return _common.FAILED, _Pickled(_travel._dumps(told))
+    return _common.FAILED, _Pickled(_travel.dumps_failure(told))
 
 
 class _Single:

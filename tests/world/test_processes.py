@@ -82,6 +82,8 @@ class BadError(Exception):
 class OddlyMadeError(Exception):
     """As many are: it pickles, but not back."""
 
+    code: int
+
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first)
 
@@ -96,10 +98,35 @@ class Odd:
         raise ValueError(f"a broken {state['what']}")
 
 
+class OddFileError(OSError):
+    def __init__(self, place: str, *, number: int) -> None:
+        super().__init__(number, "not there", place)
+        self.place = place
+
+
+class ChoosyError(Exception):
+    """Cannot even be made without what it was given, which it does not keep."""
+
+    def __new__(cls, first: str, second: str) -> ChoosyError:
+        return super().__new__(cls, first)
+
+    def __init__(self, first: str, second: str) -> None:
+        self.args = (first,)
+
+
+def fail_oddly(kind: str) -> NoReturn:
+    error = OddlyMadeError("bad", "worse")
+    error.code = 7
+    error.add_note("a note")
+    if kind == "group":
+        raise ExceptionGroup("both", [error, OddFileError("here", number=2)])
+    raise error
+
+
 @unsync(cpu_bound=True)
 def give_bad_error(kind: str) -> NoReturn:
-    if kind == "unmade":
-        raise OddlyMadeError("bad", "worse")
+    if kind == "choosy":
+        raise ChoosyError("bad", "worse")
     raise BadError(threading.Lock())
 
 
@@ -149,7 +176,33 @@ def test_it_runs_in_another_process() -> None:
     assert where().result(PATIENCE) != os.getpid()
 
 
+def is_as_it_was(error: BaseException) -> bool:
+    assert isinstance(error, OddlyMadeError)
+    return (error.args, error.code, error.__notes__[0]) == (("bad",), 7, "a note")
+
+
 @pytest.mark.usefixtures("pool")
+@pytest.mark.parametrize("way", ["call", "calls"])
+@pytest.mark.parametrize("kind", ["alone", "group"])
+def test_an_exception_that_pickle_cannot_make_anew_comes_back_all_the_same(
+    way: str, kind: str
+) -> None:
+    marked = unsync(cpu_bound=True)(fail_oddly)
+    call = marked(kind) if way == "call" else unsync.calls(marked, [kind])[0]
+    error = call.exception(PATIENCE)
+    assert error is not None
+    if kind == "alone":
+        assert is_as_it_was(error)
+    else:
+        assert isinstance(error, ExceptionGroup)
+        first, second = error.exceptions
+        assert is_as_it_was(first)
+        assert isinstance(second, OddFileError)
+        assert (second.errno, second.filename, second.place) == (2, "here", "here")
+    if way == "call":
+        assert "in fail_oddly" in str(error.__cause__)
+
+
 async def add_one(number: int) -> int:
     await asyncio.sleep(0)
     if number < 0:
@@ -162,6 +215,7 @@ def give_coroutine(number: int) -> Any:
     return add_one(number)
 
 
+@pytest.mark.usefixtures("pool")
 def test_a_coroutine_that_it_returns_is_run_in_the_process() -> None:
     assert give_coroutine(1).result(PATIENCE) == 2
     with pytest.raises(ValueError, match="-1"):
@@ -175,6 +229,7 @@ def test_a_coroutine_that_it_returns_is_run_in_the_process() -> None:
     ]
 
 
+@pytest.mark.usefixtures("pool")
 def test_arguments_and_result_travel() -> None:
     assert square(3, offset=4).result(PATIENCE) == 13
 
@@ -231,9 +286,9 @@ CANNOT_TRAVEL: dict[str, tuple[Callable[[], Unfuture[Any]], type[Exception], str
         r"give_bad_error raised BadError\(.*\), which cannot come back from .*: .*lock",
     ),
     "exception that does not unpickle": (
-        lambda: give_bad_error("unmade"),
+        lambda: give_bad_error("choosy"),
         pickle.PicklingError,
-        r"give_bad_error raised OddlyMadeError\('bad'\), which cannot come back .*: .*missing 1",
+        r"give_bad_error raised ChoosyError\('bad'\), which cannot come back .*: .*missing 1",
     ),
 }
 
@@ -252,9 +307,9 @@ def test_what_cannot_travel_is_an_error_that_names_it_for_its_caller_alone(what:
 
 @pytest.mark.usefixtures("pool")
 def test_an_error_about_travelling_shows_where_it_was_raised() -> None:
-    shown = str(give_bad_error("unmade").exception(PATIENCE).__cause__)  # type: ignore[union-attr]
+    shown = str(give_bad_error("choosy").exception(PATIENCE).__cause__)  # type: ignore[union-attr]
     assert "in give_bad_error" in shown
-    assert "OddlyMadeError: bad" in shown
+    assert "ChoosyError: bad" in shown
 
 
 @pytest.mark.usefixtures("pool")
