@@ -67,8 +67,11 @@ def where(_: object) -> tuple[int, int]:
     return os.getpid(), threading.get_ident()
 
 
-class OddlyMadeError(Exception):
-    """It pickles, but not back."""
+class ChoosyError(Exception):
+    """It pickles, but not back: it keeps less than what it is made of."""
+
+    def __new__(cls, first: str, second: str) -> ChoosyError:
+        return super().__new__(cls, first)
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first)
@@ -91,7 +94,7 @@ def act(what: Any) -> object:
     if what == "exit":
         raise SystemExit(3)
     if what == "unmade":
-        raise OddlyMadeError("bad", "worse")
+        raise ChoosyError("bad", "worse")
     if what == "lambda":
         return lambda: None
     if what == "broken":
@@ -368,7 +371,7 @@ def test_each_call_of_a_chunk_has_its_own_outcome() -> None:
     for number, kind, message in [
         (2, pickle.PicklingError, "argument 1 of act, of type lock, cannot go to another process"),
         (3, pickle.UnpicklingError, r"the arguments of act cannot be unpickled in process \d+: br"),
-        (5, pickle.PicklingError, r"act raised OddlyMadeError\('bad'\), which cannot come back"),
+        (5, pickle.PicklingError, r"act raised ChoosyError\('bad'\), which cannot come back"),
         (6, pickle.PicklingError, "the result of act, of type function, cannot come back"),
         (7, pickle.UnpicklingError, "the result of act cannot be unpickled in process .*: broken"),
     ]:
