@@ -495,10 +495,19 @@ def test_a_missing_guard_is_noticed_with_a_pool_of_ones_own(run_python: Run, met
     _check_unguarded(run_python(REPORT_50.format(method=method, count=3, option=option)))
 
 
+# On a busy machine the pool breaks while the program is still making its calls: then one of these
+# is the error, and those that were made before, which nobody looks at any more, are reported.
+UNSEEN = re.compile(
+    r"^Unfuture exception was never retrieved\nfuture: .*\n"
+    r"concurrent\.futures\.process\.BrokenProcessPool: .*\n",
+    re.MULTILINE,
+)
+
+
 def _check_unguarded(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
-    stderr = done.stderr
+    stderr = UNSEEN.sub("", done.stderr)
     if sys.version_info < (3, 13, 1):
         stderr = RACE_AT_EXIT.sub("", stderr)
     assert stderr.count("Traceback (most recent call last)") == 1, stderr
