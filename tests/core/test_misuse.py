@@ -468,9 +468,10 @@ def test_in_debug_mode_a_wait_that_blocks_a_running_loop_warns_once_for_each_pla
         asyncio.run(main(), debug=False)
 
 
+@pytest.mark.alone  # on the stack of the main thread
 @pytest.mark.parametrize("name", ["Launcher", "Route"])
 def test_long_chains_of_what_marks_functions_can_be_freed(name: str) -> None:
-    """Without recursion, which a thread's 8 MB would not do for."""
+    """Without recursion, which the stack's 8 MB would not do for."""
     kind = getattr(_backend, name)
     last: object = None
     for _ in range(1_000_000):
