@@ -142,10 +142,7 @@ class _AmbientLoop:
         if not take(self._to_begin):
             return False
         self._ended(self)
-        self.mailbox.close_bell()
-        self.loop.close()
-        self.mailbox.close()
-        self._book.close(self.mailbox)
+        self._close()
         self._settled.set()
         return True
 
@@ -169,18 +166,18 @@ class _AmbientLoop:
             self._ended(self)
             asyncio.set_event_loop(None)
             self._give_up()
-            self.mailbox.close_bell()
-            self._close_loop()
-            self.mailbox.close()
-            self._book.close(self.mailbox)
+            self._close()
 
-    def _close_loop(self) -> None:
+    def _close(self) -> None:
+        self.mailbox.close_bell()
         try:
             self.loop.close()
         except ValueError:
             # It had signal handlers, which only the main thread can remove: see `stop`.
             if not self.loop.is_closed():
                 raise
+        self.mailbox.close()
+        self._book.close(self.mailbox)
 
     @staticmethod
     def _survive(run: Callable[[], object]) -> None:
@@ -233,11 +230,12 @@ class _AmbientLoop:
             return True
         self.wait_until_begun()
         until = math.inf if timeout is None else monotonic() + timeout + _CLOSING_SECONDS
-        self.thread.join(min(until - monotonic(), LOOK_AGAIN_SECONDS))
-        while self.thread.is_alive() and monotonic() < until:
+        while True:
+            self.thread.join(min(until - monotonic(), LOOK_AGAIN_SECONDS))
+            if not self.thread.is_alive() or monotonic() >= until:
+                break
             with suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(_wake)  # if the first wakeup was lost
-            self.thread.join(min(until - monotonic(), LOOK_AGAIN_SECONDS))
         if self.thread.is_alive():
             # A coroutine blocks the thread. Those who wait for it, or behind it, must not.
             self._give_up()

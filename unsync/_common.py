@@ -869,8 +869,9 @@ class CancelRequest:
 class Mirror:
     """Keeps an Unfuture and the future of another kind that it wraps alike, both ways."""
 
-    __slots__ = ("function",)
+    __slots__ = ("_future", "function")
 
+    _future: Any
     # The name of the function behind the wrapped one, where it is known.
     function: str | None
 
@@ -889,8 +890,8 @@ class Mirror:
         raise NotImplementedError
 
     def behind(self) -> Unfuture[Any] | None:
-        """Of a view: which Unfuture it shows."""
-        raise NotImplementedError
+        """If it wraps a view: which Unfuture that shows."""
+        return getattr(self._future, "_unfuture", None)
 
     def push(self, status: int, outcome: Any) -> None:
         """Gives the wrapped future the outcome that somebody set on the Unfuture."""
@@ -909,7 +910,9 @@ class AsyncioMirror(Mirror):
     whether it is done: then it will not change.
     """
 
-    __slots__ = ("_future", "_loop", "_target")
+    __slots__ = ("_loop", "_target")
+
+    _future: asyncio.Future[Any]
 
     def __init__(self, target: Unfuture[Any], future: asyncio.Future[Any]) -> None:
         self.function = None
@@ -921,9 +924,6 @@ class AsyncioMirror(Mirror):
         # Not the future's own: only the loop's thread may look at its callbacks.
         name = f" {name_of(self._future)}" if isinstance(self._future, asyncio.Task) else ""
         return f"<{type(self._future).__name__}{name}>"
-
-    def behind(self) -> Unfuture[Any] | None:
-        return getattr(self._future, "_unfuture", None)
 
     def attach(self) -> None:
         if _MAY_LOOK or has_gil() or running_loop() is self._loop or not self._loop.is_running():
@@ -982,7 +982,9 @@ class AsyncioMirror(Mirror):
 class ConcurrentMirror(Mirror):
     """The wrapped one is a concurrent future."""
 
-    __slots__ = ("_future", "_target")
+    __slots__ = ("_target",)
+
+    _future: concurrent.futures.Future[Any]
 
     def __init__(self, target: Unfuture[Any], future: concurrent.futures.Future[Any]) -> None:
         self.function = None
@@ -991,9 +993,6 @@ class ConcurrentMirror(Mirror):
 
     def __repr__(self) -> str:
         return repr(self._future)
-
-    def behind(self) -> Unfuture[Any] | None:
-        return getattr(self._future, "_unfuture", None)
 
     def attach(self) -> None:
         self._future.add_done_callback(_CopyOutcome(self._target))

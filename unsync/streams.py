@@ -87,9 +87,13 @@ class _Channel(Generic[T]):
         A consumer that takes what was made looks afterwards whether it rests, and one that closes.
         """
         self.resting = True
-        if self.closing or len(self.made) < self.room:
+        if self.is_to_go_on():
             self.resting = False
         return self.resting
+
+    def is_to_go_on(self) -> bool:
+        """Whether the generator is to be run, for a value more, or to be closed."""
+        return self.closing or len(self.made) < self.room
 
     def finish(self, failure: BaseException | None) -> None:
         """The generator has ended, or nobody is left to run it."""
@@ -301,7 +305,8 @@ class _InThreads(_Channel[T]):
             when_done(job, self.is_over)
 
     def work(self) -> None:
-        while self.takes_its_turn() and (self.has_enough() or self.context.run(self.fill)):
+        # One that was sent for an earlier rest may have its turn after a later one.
+        while self.takes_its_turn() and (not self.is_to_go_on() or self.context.run(self.fill)):
             # The next job may be sent, and begin, before this one has ended.
             self.rests += 1
             self.turn.append(None)
@@ -313,10 +318,6 @@ class _InThreads(_Channel[T]):
         if taken:
             self.resting = False
         return taken
-
-    def has_enough(self) -> bool:
-        """For a job that was sent for an earlier rest, and whose turn comes after a later one."""
-        return not self.closing and len(self.made) >= self.room
 
     def fill(self) -> bool:
         """Whether the generator has not come to its end."""
@@ -393,7 +394,7 @@ class _InAmbientLoop(_Channel[T]):
                 # Nobody has cleared it if this task was cancelled, or woken by one who was late and
                 # meant an earlier rest.
                 self.resting = False
-            if self.closing or len(self.made) < self.room:
+            if self.is_to_go_on():
                 return None
 
     def resume(self) -> None:
