@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from support import leftovers
+from support.waiting import PATIENCE
+
+from unsync import unsync
+from unsync.executors import ThreadExecutor
 
 # Libraries that are large, or that change how threads, loops or processes behave.
 HEAVY = {"aiohttp", "celery", "django", "distributed", "fastapi", "flask", "loky", "numpy"}
@@ -54,3 +59,19 @@ def _leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not changes, "the test left changed: " + "; ".join(changes)
     leftovers.wait_for_the_end_of("threads", leftovers.threads_of_no_pool, threads)
     leftovers.wait_for_the_end_of("tasks", leftovers.tasks, tasks)
+
+
+@pytest.fixture
+def make_pool(fresh: None) -> Iterator[Callable[..., ThreadExecutor]]:
+    """Makes a small thread executor and has unsync use it."""
+    made: list[ThreadExecutor] = []
+
+    def make(threads: int, **options: Any) -> ThreadExecutor:
+        made.append(ThreadExecutor(threads, **options))
+        unsync.thread_executor = made[-1]
+        return made[-1]
+
+    yield make
+    for executor in made:
+        executor.shutdown(wait=False, cancel_futures=True)
+        assert executor.join(PATIENCE)

@@ -24,22 +24,6 @@ class Boom(Exception):
     pass
 
 
-@pytest.fixture
-def pool(fresh: None) -> Iterator[Callable[..., ThreadExecutor]]:
-    """Makes a small thread executor and has unsync use it."""
-    made: list[ThreadExecutor] = []
-
-    def make(threads: int = 1, **options: Any) -> ThreadExecutor:
-        made.append(ThreadExecutor(threads, **options))
-        unsync.thread_executor = made[-1]
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.shutdown(wait=False, cancel_futures=True)
-        assert executor.join(PATIENCE)
-
-
 @unsync
 async def coroutine(x: int) -> int:
     return x
@@ -245,9 +229,9 @@ def in_own_loop(way: Callable[[Unfuture[int]], Any]) -> Callable[[Unfuture[int]]
     "way", [*map(in_own_loop, LOOP_WAYS), *THREAD_WAYS], ids=lambda way: way.__name__
 )
 def test_thirty_deep_with_one_thread(
-    pool: Callable[..., ThreadExecutor], way: Callable[[Unfuture[int]], int]
+    make_pool: Callable[..., ThreadExecutor], way: Callable[[Unfuture[int]], int]
 ) -> None:
-    pool(1)
+    make_pool(1)
 
     @unsync
     def down(depth: int) -> int:
@@ -256,8 +240,8 @@ def test_thirty_deep_with_one_thread(
     assert down(30).result(PATIENCE) == 30
 
 
-def test_many_that_gather_in_loops_of_their_own(pool: Callable[..., ThreadExecutor]) -> None:
-    pool(4)
+def test_many_that_gather_in_loops_of_their_own(make_pool: Callable[..., ThreadExecutor]) -> None:
+    make_pool(4)
 
     @unsync
     def outer(_: int) -> int:
@@ -287,9 +271,9 @@ async def ends(way: Awaitable[object], never: Unfuture[int]) -> None:
 
 @pytest.mark.parametrize("way", [by_wait, by_wait_for, "removed"])
 def test_who_gives_up_waits_no_more(
-    pool: Callable[..., ThreadExecutor], never: Unfuture[int], way: Any
+    make_pool: Callable[..., ThreadExecutor], never: Unfuture[int], way: Any
 ) -> None:
-    pool(1)
+    make_pool(1)
 
     async def add_and_remove() -> None:
         never.add_done_callback(print)
@@ -310,9 +294,9 @@ def test_who_gives_up_waits_no_more(
 
 
 def test_a_callback_that_another_thread_removes_ends_the_wait(
-    pool: Callable[..., ThreadExecutor], never: Unfuture[int]
+    make_pool: Callable[..., ThreadExecutor], never: Unfuture[int]
 ) -> None:
-    pool(1)
+    make_pool(1)
     added = threading.Event()
 
     @unsync
@@ -334,9 +318,9 @@ def test_a_callback_that_another_thread_removes_ends_the_wait(
 
 
 def test_a_view_that_is_given_up_ends_the_wait(
-    pool: Callable[..., ThreadExecutor], never: Unfuture[int]
+    make_pool: Callable[..., ThreadExecutor], never: Unfuture[int]
 ) -> None:
-    pool(1)
+    make_pool(1)
 
     @unsync
     def job() -> list[int]:
@@ -358,10 +342,10 @@ def test_a_view_that_is_given_up_ends_the_wait(
 
 @pytest.mark.parametrize("way", [lambda u: u, asyncio.gather], ids=["await", "gather"])
 def test_a_wait_of_an_earlier_job_is_not_taken_for_one_of_this(
-    pool: Callable[..., ThreadExecutor], never: Unfuture[int], way: Callable[..., Any]
+    make_pool: Callable[..., ThreadExecutor], never: Unfuture[int], way: Callable[..., Any]
 ) -> None:
     """A worker may keep its loop: what waits there since an earlier job ends in a later one."""
-    pool(1)
+    make_pool(1)
     loop = asyncio.new_event_loop()
     earlier: Unfuture[int] = Unfuture()
 
@@ -644,10 +628,10 @@ def test_the_end_of_a_pool_may_be_waited_for_for_ever(fresh: None) -> None:
 
 @pytest.mark.parametrize("way", ["itself", "view"])
 def test_who_would_wait_for_a_while_only_gets_no_error_before(
-    pool: Callable[..., ThreadExecutor], way: str
+    make_pool: Callable[..., ThreadExecutor], way: str
 ) -> None:
     """Past the bound of a pool waiting without a timeout is an error, since it is for ever."""
-    pool(1, spare_workers=0)
+    make_pool(1, spare_workers=0)
 
     @unsync
     def impatient() -> int:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -27,22 +27,6 @@ CORE = "unsync._core" if ACCELERATED else "unsync._core_py"
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that waits while no other is at work looks whether it will be woken: each second."""
     monkeypatch.setattr(f"{CORE}.LOOK_AGAIN_SECONDS", 0.01)
-
-
-@pytest.fixture
-def pool(fresh: None) -> Iterator[Callable[..., ThreadExecutor]]:
-    """Makes a small thread executor and has unsync use it."""
-    made: list[ThreadExecutor] = []
-
-    def make(threads: int = 2, **options: Any) -> ThreadExecutor:
-        made.append(ThreadExecutor(threads, **options))
-        unsync.thread_executor = made[-1]
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.shutdown(wait=False, cancel_futures=True)
-        assert executor.join(PATIENCE)
 
 
 @unsync
@@ -130,17 +114,17 @@ def streamed(depth: int) -> Generator[int, None, None]:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_hundred_deep(
-    pool: Callable[..., ThreadExecutor],
+    make_pool: Callable[..., ThreadExecutor],
     function: Callable[[int], Unfuture[int]],
     times: int,
     threads: int,
 ) -> None:
-    pool(threads)
+    make_pool(threads)
     assert function(100).result(PATIENCE) == 100 * times
 
 
-def test_many_that_wait_for_many(pool: Callable[..., ThreadExecutor]) -> None:
-    pool(2)
+def test_many_that_wait_for_many(make_pool: Callable[..., ThreadExecutor]) -> None:
+    make_pool(2)
 
     @unsync
     def sum_up(level: int) -> int:
@@ -153,9 +137,9 @@ def test_many_that_wait_for_many(pool: Callable[..., ThreadExecutor]) -> None:
 
 
 def test_who_waits_for_what_another_job_sets_lets_that_job_begin(
-    pool: Callable[..., ThreadExecutor],
+    make_pool: Callable[..., ThreadExecutor],
 ) -> None:
-    pool(2)
+    make_pool(2)
     gate: Unfuture[int] = Unfuture()
     waiting = [unsync(gate.result)() for _ in range(5)]
     wait_until(lambda: any(call.running() for call in waiting))
@@ -164,9 +148,9 @@ def test_who_waits_for_what_another_job_sets_lets_that_job_begin(
 
 
 def test_no_more_run_than_max_workers_while_none_waits(
-    pool: Callable[..., ThreadExecutor],
+    make_pool: Callable[..., ThreadExecutor],
 ) -> None:
-    pool(3)
+    make_pool(3)
     lock = threading.Lock()
     running = most = 0
 
@@ -188,9 +172,9 @@ def test_no_more_run_than_max_workers_while_none_waits(
 
 
 def test_spare_threads_end_but_for_as_many_as_max_workers(
-    pool: Callable[..., ThreadExecutor],
+    make_pool: Callable[..., ThreadExecutor],
 ) -> None:
-    executor = pool(2)
+    executor = make_pool(2)
     before = threading.active_count()
     assert down(50).result(PATIENCE) == 50
     # Two at work, or idle, and two in reserve.
@@ -199,8 +183,8 @@ def test_spare_threads_end_but_for_as_many_as_max_workers(
     assert down(50).result(PATIENCE) == 50
 
 
-def test_shutdown_waits_for_those_that_wait(pool: Callable[..., ThreadExecutor]) -> None:
-    executor = pool(1)
+def test_shutdown_waits_for_those_that_wait(make_pool: Callable[..., ThreadExecutor]) -> None:
+    executor = make_pool(1)
     gate: Unfuture[int] = Unfuture()
     calls = [unsync(gate.result)() for _ in range(3)]
     wait_until(lambda: all(call.running() for call in calls))
@@ -210,8 +194,10 @@ def test_shutdown_waits_for_those_that_wait(pool: Callable[..., ThreadExecutor])
     assert executor.join(PATIENCE)
 
 
-def test_a_timeout_ends_the_wait_and_the_spares_go_on(pool: Callable[..., ThreadExecutor]) -> None:
-    pool(1)
+def test_a_timeout_ends_the_wait_and_the_spares_go_on(
+    make_pool: Callable[..., ThreadExecutor],
+) -> None:
+    make_pool(1)
     never: Unfuture[int] = Unfuture()
 
     @unsync
@@ -232,24 +218,24 @@ def test_a_timeout_ends_the_wait_and_the_spares_go_on(pool: Callable[..., Thread
 @pytest.mark.parametrize("spares", [0, 1, 7])
 @pytest.mark.parametrize("function", [down, hop, by_exception, by_then], ids=lambda f: f.__name__)
 def test_past_the_bound_waiting_is_an_error_that_says_so(
-    pool: Callable[..., ThreadExecutor], function: Callable[[int], Unfuture[int]], spares: int
+    make_pool: Callable[..., ThreadExecutor], function: Callable[[int], Unfuture[int]], spares: int
 ) -> None:
-    pool(2, spare_workers=spares)
+    make_pool(2, spare_workers=spares)
     with pytest.raises(RuntimeError, match=f"all {2 + spares} threads of the pool wait.*spare_wo"):
         function(2 + spares).result(PATIENCE)
     # It goes on as if nothing had been.
     assert down(1 + spares).result(PATIENCE) == 1 + spares
 
 
-def test_up_to_the_bound_there_is_no_error(pool: Callable[..., ThreadExecutor]) -> None:
-    pool(2, spare_workers=8)
+def test_up_to_the_bound_there_is_no_error(make_pool: Callable[..., ThreadExecutor]) -> None:
+    make_pool(2, spare_workers=8)
     assert down(9).result(PATIENCE) == 9
     with pytest.raises(RuntimeError, match="all 10 threads"):
         down(10).result(PATIENCE)
 
 
-def test_a_gather_in_between_is_seen_through(pool: Callable[..., ThreadExecutor]) -> None:
-    pool(1, spare_workers=2)
+def test_a_gather_in_between_is_seen_through(make_pool: Callable[..., ThreadExecutor]) -> None:
+    make_pool(1, spare_workers=2)
 
     @unsync
     def split(depth: int) -> int:
@@ -264,9 +250,9 @@ def test_a_gather_in_between_is_seen_through(pool: Callable[..., ThreadExecutor]
 
 
 def test_what_comes_to_hang_upon_the_pool_later_is_found_too(
-    pool: Callable[..., ThreadExecutor],
+    make_pool: Callable[..., ThreadExecutor],
 ) -> None:
-    pool(1, spare_workers=0)
+    make_pool(1, spare_workers=0)
 
     @unsync
     async def after_a_while() -> int:
@@ -278,9 +264,9 @@ def test_what_comes_to_hang_upon_the_pool_later_is_found_too(
 
 
 def test_waiting_for_what_needs_no_thread_is_no_error_past_the_bound(
-    pool: Callable[..., ThreadExecutor],
+    make_pool: Callable[..., ThreadExecutor],
 ) -> None:
-    pool(2, spare_workers=3)
+    make_pool(2, spare_workers=3)
 
     @unsync
     async def slow(value: int) -> int:
@@ -295,9 +281,9 @@ def test_waiting_for_what_needs_no_thread_is_no_error_past_the_bound(
 
 
 def test_a_pool_that_waits_for_somebody_outside_is_patient(
-    pool: Callable[..., ThreadExecutor], monkeypatch: pytest.MonkeyPatch
+    make_pool: Callable[..., ThreadExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool(1, spare_workers=1)
+    make_pool(1, spare_workers=1)
     looks: list[bool] = []
 
     def look(*args: Any) -> bool:
@@ -315,7 +301,7 @@ def test_a_pool_that_waits_for_somebody_outside_is_patient(
 
 
 def test_a_spare_thread_that_cannot_be_started_is_the_cause_of_the_error(
-    pool: Callable[..., ThreadExecutor], monkeypatch: pytest.MonkeyPatch
+    make_pool: Callable[..., ThreadExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = threading.Thread.start
     failure = RuntimeError("can't start new thread")
@@ -325,7 +311,7 @@ def test_a_spare_thread_that_cannot_be_started_is_the_cause_of_the_error(
             raise failure
         start(thread)
 
-    pool(1, thread_name_prefix="pool")
+    make_pool(1, thread_name_prefix="pool")
     unsync(lambda: None)().result(PATIENCE)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="all 1 threads of the pool wait") as caught:
@@ -336,7 +322,7 @@ def test_a_spare_thread_that_cannot_be_started_is_the_cause_of_the_error(
 
 
 def test_a_spare_thread_that_cannot_be_started_is_tried_again(
-    pool: Callable[..., ThreadExecutor], monkeypatch: pytest.MonkeyPatch
+    make_pool: Callable[..., ThreadExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = threading.Thread.start
 
@@ -345,7 +331,7 @@ def test_a_spare_thread_that_cannot_be_started_is_tried_again(
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    pool(1, thread_name_prefix="pool")
+    make_pool(1, thread_name_prefix="pool")
     gate: Unfuture[int] = Unfuture()
     waiting = unsync(gate.result)()
     wait_until(waiting.running)
@@ -366,8 +352,8 @@ def test_less_than_no_spares_is_a_value_error(number: int) -> None:
 # that wants a thread, while all threads are taken by such views.
 
 
-def test_sync_views_that_await_sync_code(pool: Callable[..., ThreadExecutor]) -> None:
-    pool(4)
+def test_sync_views_that_await_sync_code(make_pool: Callable[..., ThreadExecutor]) -> None:
+    make_pool(4)
 
     @unsync
     def view(number: int) -> int:  # 348: more requests at once than threads
@@ -389,9 +375,9 @@ def test_sync_views_that_await_sync_code(pool: Callable[..., ThreadExecutor]) ->
 
 
 def test_a_coroutine_that_waits_for_a_thread_while_a_thread_waits_for_it(
-    pool: Callable[..., ThreadExecutor],
+    make_pool: Callable[..., ThreadExecutor],
 ) -> None:
-    pool(1)  # 249, 275: everything wants the same one thread
+    make_pool(1)  # 249, 275: everything wants the same one thread
 
     @unsync
     def outer() -> str:
@@ -411,8 +397,10 @@ def test_a_coroutine_that_waits_for_a_thread_while_a_thread_waits_for_it(
     assert outer().result(PATIENCE) == "aa"
 
 
-def test_cancelled_requests_leave_no_thread_waiting(pool: Callable[..., ThreadExecutor]) -> None:
-    pool(2)  # 492: the client goes away, and what it had begun waits for ever
+def test_cancelled_requests_leave_no_thread_waiting(
+    make_pool: Callable[..., ThreadExecutor],
+) -> None:
+    make_pool(2)  # 492: the client goes away, and what it had begun waits for ever
     never: list[Unfuture[int]] = []
 
     @unsync
@@ -449,9 +437,9 @@ def kill(thread_id: int) -> None:
 # It may strike in the callback of a weak reference, where Python only mentions it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_thread_that_is_killed_is_made_up_for(
-    pool: Callable[..., ThreadExecutor], caplog: pytest.LogCaptureFixture
+    make_pool: Callable[..., ThreadExecutor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool(1)
+    make_pool(1)
     caplog.set_level(logging.CRITICAL + 1, logger="unsync")
     for _ in range(20):
         kill(unsync(threading.get_ident)().result(PATIENCE))
@@ -463,7 +451,7 @@ def test_a_thread_that_is_killed_is_made_up_for(
 
 
 def test_an_initializer_that_fails_in_a_spare_thread_breaks_the_pool(
-    pool: Callable[..., ThreadExecutor], caplog: pytest.LogCaptureFixture
+    make_pool: Callable[..., ThreadExecutor], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL + 1, logger="unsync")
     numbers = iter(range(10))
@@ -472,6 +460,6 @@ def test_an_initializer_that_fails_in_a_spare_thread_breaks_the_pool(
         if next(numbers):
             raise OSError("no more connections")
 
-    pool(1, initializer=only_once)
+    make_pool(1, initializer=only_once)
     with pytest.raises(concurrent.futures.BrokenExecutor):
         down(3).result(PATIENCE)
