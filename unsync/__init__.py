@@ -7,6 +7,8 @@ from unsync._common import CancelledError, InvalidStateError
 from unsync.unsync import Unfuture, unsync
 
 if TYPE_CHECKING:
+    from unsync import _drain as _drain
+    from unsync import _exit as _exit
     from unsync import _stats as _stats
     from unsync import context_managers as context_managers
     from unsync import fan_out as fan_out
@@ -33,6 +35,8 @@ __version__: str
 _LATER = {
     "AmbientContextManager": "context_managers",
     "Stream": "streams",
+    "_drain": "_drain",
+    "_exit": "_exit",
     "_stats": "_stats",
     "context_managers": "context_managers",
     "fan_out": "fan_out",

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
+from typing import Any
 
-from unsync._backend import Mailbox, set_home
+from unsync._backend import Mailbox, Unfuture, set_home
 from unsync._common import (
     CANCELLED,
     DAEMONIC,
@@ -97,7 +98,8 @@ class _AmbientLoop:
         # These belong to the thread.
         self._asked: set[asyncio.Task[object]] = set()
         self._wound_up = False
-        self._all_ended = True
+        # What did not end in time: written by who gives it up.
+        self.given_up: list[Unfuture[Any]] = []
 
     def _new_thread(self) -> threading.Thread:
         return threading.Thread(target=self._run, name="unsync", daemon=DAEMONIC)
@@ -204,15 +206,17 @@ class _AmbientLoop:
             self._asked |= tasks
             if self._time_is_up():
                 break
-            await asyncio.wait(tasks, timeout=self._until and max(0.0, self._until - monotonic()))
+            # In short waits: somebody may lose patience meanwhile.
+            left = math.inf if self._until is None else max(0.0, self._until - monotonic())
+            await asyncio.wait(tasks, timeout=min(left, LOOK_AGAIN_SECONDS))
         await self.loop.shutdown_asyncgens()
         self._wound_up = True
 
     def _time_is_up(self) -> bool:
         return self._until is not None and monotonic() >= self._until
 
-    def stop(self, timeout: float | None) -> bool:
-        """Ends it, waiting up to `timeout` seconds; whether everything in it ended in time.
+    def begin_to_stop(self, until: float | None) -> None:
+        """Has its thread cancel all tasks and wait for them; until then, if that is not None.
 
         In the main thread the signal handlers that were added to the loop are removed first: they
         could not be later, and from now on a Ctrl-C is for whoever waits here.
@@ -222,37 +226,47 @@ class _AmbientLoop:
                 for number in signal.valid_signals():
                     self.loop.remove_signal_handler(number)
         if not self._stopping:
-            self._until = None if timeout is None else monotonic() + timeout
+            self._until = until
             self._stopping = True
             with suppress(RuntimeError):  # it is closed already
                 self.loop.call_soon_threadsafe(self.loop.stop)
-        if self._give_up_start():
-            return True
+        self._give_up_start()
+
+    def hurry(self, until: float) -> None:
+        """After `begin_to_stop`: no longer than until then."""
+        self._until = until if self._until is None else min(until, self._until)
+
+    def join(self, until: float | None) -> bool:
+        """After `begin_to_stop`: whether its thread has ended, at that time at the latest."""
         self.wait_until_begun()
-        until = math.inf if timeout is None else monotonic() + timeout + _CLOSING_SECONDS
-        while True:
-            self.thread.join(min(until - monotonic(), LOOK_AGAIN_SECONDS))
-            if not self.thread.is_alive() or monotonic() >= until:
-                break
+        while self.thread.is_alive():
+            left = math.inf if until is None else until - monotonic()
+            if left <= 0:
+                return False
+            self.thread.join(min(left, LOOK_AGAIN_SECONDS))
             with suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(_wake)  # if the first wakeup was lost
-        if self.thread.is_alive():
+        return True
+
+    def end(self, until: float | None) -> bool:
+        """After `begin_to_stop`: the last of it; whether everything in it ended in time."""
+        if not self.join(None if until is None else until + _CLOSING_SECONDS):
             # A coroutine blocks the thread. Those who wait for it, or behind it, must not.
             self._give_up()
             self.mailbox.close()
             return False
-        return self._all_ended
+        return not self.given_up
 
     def _give_up(self) -> None:
         """Ends the wait for coroutines that ignored their cancellation, or block the loop."""
         for starting in self.mailbox.starting:
-            self._all_ended = False
+            self.given_up.append(starting)
             starting._complete(CANCELLED, "shutdown")
         for task, unfuture in list(self.mailbox.live.items()):
             if task.done():
                 unfuture._complete(*outcome_of_asyncio(task))
             else:
-                self._all_ended = False
+                self.given_up.append(unfuture)
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 unfuture._complete(CANCELLED, "shutdown")
 
@@ -299,7 +313,7 @@ class Ambient:
         # Others may have made one meanwhile: see `Making`. And the factory may know only one.
         current = self._current
         if current is None or current.loop is not loop:
-            made = _AmbientLoop(loop, self.book, self._begins, self._forget)
+            made = _AmbientLoop(loop, self.book, self._begins, self.forget)
             current = self._holder.setdefault("", made)
             if current is made:
                 self.book.open(made.mailbox)
@@ -342,25 +356,39 @@ class Ambient:
                 )
             self._factory = factory
 
-    def check_not_inside(self) -> None:
+    def check_not_inside(self, what: str) -> None:
         """:raises RuntimeError: in the ambient thread, which cannot wait for its own end."""
         current = self._current
         if current is not None and current.thread is threading.current_thread():
-            raise RuntimeError("unsync.shutdown() cannot be called in unsync.thread")
+            raise RuntimeError(f"unsync.{what}() cannot be called in unsync.thread")
 
     def stop(self, timeout: float | None) -> bool:
         """Cancels what the loop runs, waits up to `timeout` seconds for it, and closes the loop.
 
         Returns whether everything ended in time.
         """
-        current = self._current
+        until = None if timeout is None else monotonic() + timeout
+        current = self.begin_to_stop(until)
         if current is None:
             return True
-        ended = current.stop(timeout)
-        self._forget(current)
+        ended = current.end(until)
+        self.forget(current)
         return ended
 
-    def _forget(self, ambient: _AmbientLoop) -> None:
+    def begin_to_stop(self, until: float | None) -> _AmbientLoop | None:
+        """The loop that is there, if there is one; the next call may still come to it."""
+        current = self._current
+        if current is not None:
+            current.begin_to_stop(until)
+        return current
+
+    @property
+    def mailbox(self) -> Mailbox | None:
+        """Of the loop that runs, if one does."""
+        current = self._current
+        return None if current is None else current.mailbox
+
+    def forget(self, ambient: _AmbientLoop) -> None:
         """The next call starts another one."""
         with self.lock:
             if self._current is ambient:

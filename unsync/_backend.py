@@ -31,8 +31,13 @@ __all__ = [
     "call_each",
     "fill_batches",
     "in_home_thread",
+    "name_of_call",
     "set_home",
+    "tell_watcher",
+    "waiting_upon",
+    "watch_calls",
     "when_done",
+    "when_told",
 ]
 
 ACCELERATED: bool
@@ -88,5 +93,10 @@ are_all_of = _core.are_all_of
 call_each = _core.call_each
 fill_batches = _core.fill_batches
 in_home_thread = _core.in_home_thread
+name_of_call = _core.name_of_call
 set_home = _core.set_home
+tell_watcher = _core.tell_watcher
+waiting_upon = _core.waiting_upon
+watch_calls = _core.watch_calls
 when_done = _core.when_done
+when_told = _core.when_told

@@ -24,12 +24,36 @@ from contextvars import Context
 from time import monotonic
 from types import CoroutineType, FrameType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import TracebackType
+    from typing import Protocol
 
     from unsync._core_py import Unfuture
+
+    class Watcher(Protocol):
+        """What the cores tell of calls while somebody drains: see `_drain.py`."""
+
+        def made(
+            self,
+            unfuture: Unfuture[Any],
+            source: Unfuture[Any] | None,
+            job: Unfuture[Any] | None,
+            context: Context,
+        ) -> object:
+            """A call or continuation is being made, and nobody else has seen it; or the source of a
+            continuation has ended, and nobody has seen yet that it is to be called.
+
+            :param source: of a continuation.
+            :param job: what the thread works on, if it is a worker.
+            :param context: in which it will run.
+            """
+
+        def is_through(self, job: Unfuture[Any]) -> object:
+            """A worker has ended its work on it, and will be at it no more."""
+
 
 T = TypeVar("T")
 
@@ -114,6 +138,10 @@ def may_be_reentered(kind: type[asyncio.AbstractEventLoop]) -> bool | None:
         return False  # they refuse
     return None if kind in STOCK_LOOPS and OWN_RUN.__module__ == "asyncio.base_events" else True
 
+
+# What waits for its user, not for anything to be done: the coroutines of streams, which rest while
+# nobody takes their values, and of context managers that are entered. Who drains leaves them alone.
+apart: WeakSet[Unfuture[Any]] = WeakSet()
 
 # Set by the exit handlers, before they break what still runs.
 exiting = False
@@ -519,7 +547,7 @@ def report_unseen_failure(
     The ambient loop's exception handler hears of it in the loop's own thread; without a usable
     loop the same words go to the log. What broke only because the interpreter exits is no news.
     """
-    if exiting and _is_of_the_exit(exc):
+    if exiting and is_of_the_exit(exc):
         return
     context: dict[str, Any] = {
         "message": f"{type(unfuture).__name__} exception was never retrieved",
@@ -539,7 +567,7 @@ def report_unseen_failure(
     logger.error("%s\nfuture: %r", context["message"], unfuture, exc_info=exc)
 
 
-def _is_of_the_exit(exc: BaseException) -> bool:
+def is_of_the_exit(exc: BaseException) -> bool:
     """Whether it only says that its work came too late for this interpreter."""
     if isinstance(exc, (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError)):
         return True

@@ -377,6 +377,11 @@ cdef object _process = getpid()
 # Guards the moment when a child first looks at one of its parent's Unfutures.
 cdef object _fork_lock = threading.RLock()
 
+# Whether somebody drains, and what is told of calls then: see `watch_calls`. There is only ever one
+# that is told, so it can be read under no lock.
+cdef unsigned char _watching = False
+cdef object _watcher = None
+
 # The ambient loop's mailbox, or NULL; `_kept` owns it.
 cdef PyObject *_home = NULL
 cdef object _start_home = None
@@ -484,10 +489,33 @@ cdef inline long long nanoseconds(double seconds) noexcept:
     return <long long>(seconds * 1e9)
 
 
-cdef inline copy_context():
-    """A copy of the current context; None in place of an empty one, which need not be kept."""
+def watch_calls(watcher):
+    """Has it told of every call and continuation that is made, and of jobs that workers are through
+    with; by the threads that do so. With None nobody is told, as is usual.
+    """
+    global _watcher
+    if watcher is not None and _watcher is None:
+        _watcher = watcher
+    store(&_watching, watcher is not None)
+
+
+cdef inline context_for(Unfuture unfuture, Unfuture source):
+    """The context of a call that is being made: nobody else has seen it yet.
+
+    It is None in place of an empty one, which need not be kept.
+
+    :param source: what it is a continuation of, or None.
+    """
     context = PyContext_CopyCurrent()
+    if load(&_watching):
+        _watcher.made(unfuture, source, job_here(), context)
+        return context
     return context if len(context) else None
+
+
+cdef Unfuture job_here():
+    """What this thread works on, if it is a worker."""
+    return None if this_worker is NULL else (<_Worker>this_worker).job
 
 
 cdef Mailbox mailbox_of(loop):
@@ -1008,6 +1036,32 @@ cdef class Mailbox(_Line):
         sums = (begun, finished, failed, cancelled, pending, wakeups, posts - wakeups)
         return sums, left, lag * 1e-9
 
+    def pending(self, mark):
+        """In the loop's thread: the calls and continuations that wait here or have begun.
+
+        :param mark: is called with the contexts in which those that wait will run.
+        """
+        cdef list items = []
+        cdef Py_ssize_t room = -1, count = 0
+        cdef _Item item = None
+        while room < count:
+            # Nothing may be allocated in the section: see `JobQueue.pending`.
+            items = [None] * (count + 8)
+            room = len(items)
+            count = 0
+            lock(self)
+            item = self._first
+            while item is not None:
+                if count < room:
+                    items[count] = item
+                count += 1
+                item = item.link
+            unlock(self)
+        waiting = [each for each in items[:count] if isinstance(each, Unfuture)]
+        for each in waiting:
+            (<Unfuture>each).mark_context(mark)
+        return [*self._starting, *self.live.values(), *waiting]
+
     cdef int time(self, _Item item) except -1:
         """In debug mode: the loop itself could only name the mailbox."""
         cdef double begun = monotonic()
@@ -1411,6 +1465,50 @@ def when_done(Unfuture unfuture not None, function):
     cdef _Callback callback = callback_of(function, None, None)
     callback.own = True
     add_callback(unfuture, callback)
+
+
+def name_of_call(Unfuture unfuture not None):
+    """The name of the function behind it; None if there is none."""
+    cdef int kind
+    lock(unfuture)
+    kind = unfuture._kind
+    source = unfuture._source
+    outcome = unfuture._outcome
+    unlock(unfuture)
+    return name_behind(kind, source, outcome)
+
+
+def waiting_upon(Unfuture unfuture not None):
+    """Its continuations, and those that are to have its outcome."""
+    cdef list waiters = []
+    cdef Py_ssize_t room = -1, count = 0
+    cdef _Item item = None
+    while room < count:
+        # Nothing may be allocated in the section: see `JobQueue.pending`.
+        waiters = [None] * (count + 8)
+        room = len(waiters)
+        count = 0
+        lock(unfuture)
+        item = unfuture._chain
+        while item is not None:
+            if count < room:
+                waiters[count] = item
+            count += 1
+            item = item.link
+        unlock(unfuture)
+    found = []
+    for waiter in waiters[:count]:
+        if isinstance(waiter, Unfuture):
+            found.append(waiter)
+        elif isinstance(waiter, _Follower):
+            found.append((<_Follower>waiter).target)
+    return found
+
+
+cpdef tell_watcher(Unfuture unfuture):
+    """A call is being made that goes to an executor which is not ours: see `watch_calls`."""
+    if load(&_watching):
+        context_for(unfuture, None)
 
 
 def when_told(Unfuture unfuture not None, function):
@@ -1964,7 +2062,7 @@ cdef class Unfuture(_Item):
             self.follow(source)
         elif is_coroutine(source):
             mailbox = home()
-            self.set_up(COROUTINE, source, copy_context())
+            self.set_up(COROUTINE, source, context_for(self, None))
             mailbox.post(self)
         else:
             mirror = mirror_of(self, source)
@@ -2414,7 +2512,7 @@ cdef class Unfuture(_Item):
         cdef Unfuture target = blank() if PyObject_GC_IsTracked(self) else blank_on_its_way()
         target._source = self
         target._outcome = function
-        target._extra = copy_context()
+        target._extra = context_for(target, self)
         target._kind = kind
         if not self.add_waiter(target):
             fire_all(self, target, False)
@@ -2430,11 +2528,40 @@ cdef class Unfuture(_Item):
             store(&source._unseen, False)
             return pass_on(source, self)
         try:
+            if load(&_watching):
+                self.note_fired(source)
             home().post(self)
         except BaseException as exc:
             # The ambient loop cannot be started: the one who waits must hear of it.
             self.complete(FAILED, exc, ANY)
         return None
+
+    cdef int mark_context(self, mark) except -1:
+        """In the loop's thread, where it waits for its turn; see `Mailbox.pending`."""
+        cdef bint waits = False
+        context = PyContext_CopyCurrent()  # in place of an empty one
+        lock(self)
+        waits = self._status == PENDING and self._kind in (COROUTINE, CONTINUATION, MAPPING)
+        if waits and self._extra is None:
+            self._extra = context
+        elif waits:
+            context = self._extra
+        unlock(self)
+        if waits:
+            mark(context)
+        return 0
+
+    cdef int note_fired(self, Unfuture source) except -1:
+        """By the thread that finished the source of this continuation, while somebody watches."""
+        context = None
+        lock(self)
+        if self._status == PENDING and self._kind in (CONTINUATION, MAPPING):
+            context = self._extra
+        unlock(self)
+        if context is None:  # empty, or it is cancelled already: this one is not kept
+            context = PyContext_CopyCurrent()
+        _watcher.made(self, source, job_here(), context)
+        return 0
 
     cdef int go_on_now(self, Mailbox mailbox, int kind, Unfuture source, function, context):
         """In the ambient loop: calls the continuation."""
@@ -3432,6 +3559,7 @@ def fill_batches(list batches not None):
                 unfuture = blank_on_its_way()
                 unfuture._source = batch
                 unfuture._kind = SHARE
+                tell_watcher(unfuture)
                 calls.append(unfuture)
             PyObject_GC_UnTrack(<PyObject *>calls)  # it need not look at this one either
             lock(batch)
@@ -3508,6 +3636,8 @@ cdef class JobQueue(_Line):
     # whoever is first: so that a start that Ctrl-C interrupts is counted once.
     cdef int _workers
     cdef int _starting
+    # Those whose threads have begun, each with the next one, in no order.
+    cdef _Worker _all
     # How many of them wait for an Unfuture, the last one that began to, and how many did ever.
     cdef int _blocked
     cdef _Worker _waiting
@@ -3591,7 +3721,7 @@ cdef class JobQueue(_Line):
             unfuture._outcome = keywords
         else:
             unfuture._outcome = args
-        unfuture._extra = copy_context()
+        unfuture._extra = context_for(unfuture, None)
         unfuture._kind = JOB
         if self._room >= 0 and self._patient:
             leaver = _Leaver.__new__(_Leaver)
@@ -3623,8 +3753,13 @@ cdef class JobQueue(_Line):
             unlock(self)
             if not full:
                 break
-            self.wait_for_room()
+            try:
+                self.wait_for_room()
+            except BaseException:
+                unfuture.complete(CANCELLED, None, ANY)  # nobody will see it, but a watcher has
+                raise
         if refuse is not None:
+            unfuture.complete(CANCELLED, None, ANY)
             raise refuse()
         lone = is_lone_call()
         if idle is not None:
@@ -3837,6 +3972,8 @@ cdef class JobQueue(_Line):
             self._submitted -= refused
             self._failed += others
             unlock(self)
+            if refused:
+                unfuture.complete(CANCELLED, None, ANY)
             if refused and interrupt is None:
                 raise failure
         if interrupt is not None:
@@ -3913,6 +4050,7 @@ cdef class JobQueue(_Line):
             self.end_worker(False)
             raise
         try:
+            self.enlist(worker)
             this_worker = <PyObject *>worker
             while True:
                 if worker.waits:
@@ -3960,6 +4098,8 @@ cdef class JobQueue(_Line):
                         worker.request, request = None, worker.request
                         worker.blocked, blocked = None, worker.blocked
                 unlock(self)
+                if load(&_watching) and done is not None:
+                    _watcher.is_through(done)
                 done = None
                 if held:
                     held = False
@@ -3985,10 +4125,31 @@ cdef class JobQueue(_Line):
                 unlock(self)
         finally:
             this_worker = NULL
+            self.delist(worker)
             if WITH_GIL:
                 self._rousing = False
             if counted:
                 self.end_worker(True)
+
+    cdef void enlist(self, _Worker worker) noexcept:
+        lock(self)
+        worker.next = self._all
+        self._all = worker
+        unlock(self)
+
+    cdef void delist(self, _Worker worker) noexcept:
+        cdef _Worker each = None
+        lock(self)
+        if self._all is worker:
+            self._all = worker.next
+        else:
+            each = self._all
+            while each is not None and each.next is not worker:
+                each = each.next
+            if each is not None:
+                each.next = worker.next
+        worker.next = None
+        unlock(self)
 
     cdef inline void count_ended(self, Unfuture unfuture, bint begun) noexcept:
         """In the section: a worker is through with it."""
@@ -4024,6 +4185,36 @@ cdef class JobQueue(_Line):
         waiting = self._blocked
         unlock(self)
         return (begun, finished, failed, cancelled, pending), queued, workers, idle, waiting
+
+    def pending(self):
+        """The jobs that wait for a worker, and those that workers are at, also if they are done."""
+        cdef list queued, at_work
+        cdef Py_ssize_t room = 0, count = 0, number = 0
+        cdef _Item item = None
+        cdef _Worker worker = None
+        while True:
+            # Nothing may be allocated in the section: the collector would run what users wrote.
+            queued = [None] * (count + 8)
+            at_work = [None] * (number + 8)
+            room = len(queued)
+            count = number = 0
+            lock(self)
+            item = self._first
+            while item is not None:
+                if count < room:
+                    queued[count] = item
+                count += 1
+                item = item.link
+            room = len(at_work)
+            worker = self._all
+            while worker is not None:
+                if number < room and worker.job is not None:
+                    at_work[number] = worker.job
+                number += worker.job is not None
+                worker = worker.next
+            unlock(self)
+            if count <= len(queued) and number <= len(at_work):
+                return queued[:count], at_work[:number]
 
     def wait(self, timeout):
         """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
@@ -4104,7 +4295,7 @@ cdef class JobQueue(_Line):
             worker.after = NULL
             before, worker.before = worker.before, None
             worker = before
-        self._parked = self._waiting = None
+        self._parked = self._waiting = self._all = None
         self._workers = self._starting = self._idle = self._blocked = self._running = 0
         self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
         self._rousing = False
@@ -4128,6 +4319,8 @@ cdef class _Worker:
     # As do its neighbours in the list of those that wait. The later one holds this one.
     cdef _Worker before
     cdef PyObject *after
+    # And the next one in the list of all.
+    cdef _Worker next
     # And these: which call of a job that makes several it is at; that the call it is at was
     # cancelled from a loop, until a wait has been ended by that; and what to interrupt then, while
     # it waits outside of a loop of its own.
@@ -4464,7 +4657,7 @@ cdef class Launcher:
 
 cdef inline Unfuture launch_coroutine(Mailbox mailbox, coro):
     cdef Unfuture unfuture = blank_on_its_way()
-    unfuture._extra = copy_context()
+    unfuture._extra = context_for(unfuture, None)
     unfuture._source = coro
     unfuture._kind = COROUTINE
     if PyCoro_CheckExact(coro):

@@ -35,7 +35,7 @@ from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from threading import get_ident
-from time import monotonic
+from time import monotonic, sleep
 from types import CoroutineType, GenericAlias, MethodType, TracebackType
 from typing import (
     TYPE_CHECKING,
@@ -120,6 +120,9 @@ from unsync._common import (
 )
 from unsync._views import asyncio_view, concurrent_view
 
+if TYPE_CHECKING:
+    from unsync._common import Watcher
+
 __all__ = [
     "BIND_CLASS",
     "BIND_INSTANCE",
@@ -136,8 +139,13 @@ __all__ = [
     "call_each",
     "fill_batches",
     "in_home_thread",
+    "name_of_call",
     "set_home",
+    "tell_watcher",
+    "waiting_upon",
+    "watch_calls",
     "when_done",
+    "when_told",
 ]
 
 P = ParamSpec("P")
@@ -159,6 +167,8 @@ STARTS_IN_A_TURN = 256
 
 # Counts the forks above this process: an Unfuture of an older one has nobody to finish it.
 _generation = 0
+# While somebody drains: what is told of calls, see `watch_calls`.
+_watcher: Watcher | None = None
 _process = os.getpid()
 # Guards the moment when a child first looks at one of its parent's Unfutures.
 _fork_lock = threading.RLock()
@@ -231,6 +241,31 @@ def after_fork() -> None:
     _generation += 1
     _fork_lock = threading.RLock()
     _this.worker = None  # its queue has no workers here
+
+
+def watch_calls(watcher: Watcher | None) -> None:
+    """Has it told of every call and continuation that is made, and of jobs that workers are through
+    with; by the threads that do so. With None nobody is told, as is usual.
+    """
+    global _watcher
+    _watcher = watcher
+
+
+def _context_for(unfuture: Unfuture[Any], source: Unfuture[Any] | None = None) -> Context:
+    """The context of a call that is being made: nobody else has seen it yet.
+
+    :param source: what it is a continuation of.
+    """
+    context, watcher = copy_context(), _watcher
+    if watcher is not None:
+        watcher.made(unfuture, source, _job_here(), context)
+    return context
+
+
+def _job_here() -> Unfuture[Any] | None:
+    """What this thread works on, if it is a worker."""
+    worker = _this_worker()
+    return None if worker is None else worker.job
 
 
 def _mailbox_of(loop: asyncio.AbstractEventLoop) -> Mailbox:
@@ -555,6 +590,22 @@ class Mailbox:
         saved = self._taken + len(left) - self._drains
         sums = self._begun, finished, failed, cancelled, max(pending, 0), self._drains, saved
         return sums, len(left), lag
+
+    def pending(self, mark: Callable[[Context], object]) -> list[Unfuture[Any]]:
+        """In the loop's thread: the calls and continuations that wait here or have begun.
+
+        :param mark: is called with the contexts in which those that wait will run.
+        """
+        found = [*self.starting, *self.live.values()]
+        for item in _listed(self._items):
+            if isinstance(item, _Continuation):
+                mark(item.context)
+                found.append(item.target)
+            elif isinstance(item, Unfuture):
+                found.append(item)
+                if isinstance(call := item._source, _Call):
+                    mark(call.context)
+        return found
 
     def _time(self, item: Any) -> None:
         """In debug mode: the loop itself could only name the mailbox."""
@@ -929,6 +980,24 @@ def when_done(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) 
     _add_callback(unfuture, _Callback(function, None, None, own=True))
 
 
+def name_of_call(unfuture: Unfuture[Any]) -> str | None:
+    """The name of the function behind it; None if there is none."""
+    source = unfuture._source
+    return None if source is None else _name_behind(source)
+
+
+def waiting_upon(unfuture: Unfuture[Any]) -> list[Unfuture[Any]]:
+    """Its continuations, and those that are to have its outcome."""
+    waiters = list(unfuture._waiting)
+    return [each.target for each in waiters if isinstance(each, (_Continuation, _Follower))]
+
+
+def tell_watcher(unfuture: Unfuture[Any]) -> None:
+    """A call is being made that goes to an executor which is not ours: see `watch_calls`."""
+    if _watcher is not None:
+        _context_for(unfuture)
+
+
 def when_told(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> None:
     """The same, but when whoever waits has been told, in turn with the callbacks of others."""
     _add_callback(unfuture, _Callback(function, None, None))
@@ -1154,14 +1223,16 @@ class _Continuation(_Waiter):
         self.source = source
         self.function = function
         self.by_value = by_value
-        self.context = copy_context()
         self.target: Unfuture[Any] = _blank(Unfuture)
+        self.context = _context_for(self.target, source)
         self.target._source = self
 
     def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
         if unfuture._status != FINISHED:
             unfuture._seen = True
             return _pass_on(unfuture, self.target)
+        if (watcher := _watcher) is not None:
+            watcher.made(self.target, self.source, _job_here(), self.context)
         try:
             home()._post(self)
         except BaseException as exc:
@@ -1573,7 +1644,8 @@ class Unfuture(_Future[T]):
             self._follow(source)
         elif is_coroutine(source):
             mailbox = home()
-            self._set_up(_Call(cast("Coroutine[Any, Any, T]", source), copy_context()))
+            call = _Call(cast("Coroutine[Any, Any, T]", source), _context_for(self))
+            self._set_up(call)
             mailbox._post(self)
         else:
             mirror = mirror_of(self, source)
@@ -2673,6 +2745,7 @@ def fill_batches(batches: Sequence[Batch]) -> list[list[Unfuture[Any]]]:
     for batch in batches:
         batch.calls = [_blank(Unfuture) for _ in range(batch.size)]
         for unfuture in batch.calls:
+            tell_watcher(unfuture)
             unfuture._source = batch
         made.append(batch.calls)
     return made
@@ -2784,7 +2857,17 @@ class JobQueue:
         :raises RuntimeError: if there is no worker and none can be started.
         """
         unfuture = _blank(Unfuture)
-        unfuture._source = _Job(function, args, kwargs, copy_context())
+        unfuture._source = _Job(function, args, kwargs, _context_for(unfuture))
+        try:
+            self._accept(unfuture)
+        except Exception:
+            # Nobody will see it, but a watcher has.
+            unfuture._complete(CANCELLED, None)
+            raise
+        return unfuture
+
+    def _accept(self, unfuture: Unfuture[Any]) -> None:
+        """:raises Exception: as `submit`, if it stands in the queue no more."""
         if self._room >= 0:
             if self._patient:
                 unfuture._add_waiter(_Leaver(self))
@@ -2800,7 +2883,6 @@ class JobQueue:
             self._note_end()
             raise self._refuse()
         self._call_up(unfuture)
-        return unfuture
 
     def _take_out(self, unfuture: Unfuture[Any]) -> bool:
         """Whether it still stood in the queue."""
@@ -2828,6 +2910,7 @@ class JobQueue:
                 self._wait_for_room()
         except BaseException:  # a Ctrl-C, say
             self._inside.pop(unfuture, None)
+            unfuture._complete(CANCELLED, None)  # nobody will see it, but a watcher has
             raise
         self._open_door()  # if there is more
 
@@ -3088,11 +3171,11 @@ class JobQueue:
             and len(self._at_work()) > self._limit
         ):
             return False
+        worker.moves += 1  # first: see `pending`
         try:
             worker.job = self._jobs.popleft()
         except IndexError:
             return False
-        worker.moves += 1
         self._tally.add(TAKEN)
         return True
 
@@ -3105,6 +3188,8 @@ class JobQueue:
         # The function has ended, even if a coroutine that it returned has not.
         self._tally.add(done._status if done._status >= CANCELLED else FINISHED)
         self._leave(done)
+        if (watcher := _watcher) is not None:
+            watcher.is_through(done)
 
     def _rest(self, worker: _Worker) -> bool:
         """Sleeps until somebody wakes it; False if it is to end."""
@@ -3182,6 +3267,23 @@ class JobQueue:
         )
         work = (started, *ended, submitted - sum(ended))
         return work, len(self._jobs), len(self._workers), len(self._idle), len(self._waiting)
+
+    def pending(self) -> tuple[list[Unfuture[Any]], list[Unfuture[Any]]]:
+        """The jobs that wait for a worker, and those that workers are at, also if they are done."""
+        # A job that was taken just now belongs to a worker that does not show it yet. So this looks
+        # again until each worker that is up shows what it is at.
+        while True:
+            queued = _listed(self._jobs)
+            at_work: list[Unfuture[Any]] = []
+            for worker in list(self._workers):
+                job = worker.job
+                if job is not None:
+                    at_work.append(job)
+                elif worker.moves and worker.is_up():
+                    break
+            else:
+                return queued, at_work
+            sleep(0)
 
     def wait(self, timeout: float | None) -> bool:
         """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
@@ -3553,7 +3655,7 @@ class Launcher(Generic[P, T]):
         mailbox = home()
         coro = self._function(*args, **kwargs)
         unfuture = _blank(Unfuture)
-        unfuture._source = _Call(coro, copy_context())
+        unfuture._source = _Call(coro, _context_for(unfuture))
         mailbox._post(unfuture)
         return unfuture
 

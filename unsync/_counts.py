@@ -41,6 +41,9 @@ class Book:
             if isinstance(source, JobQueue) and source.wait(0):
                 self.close(source)
 
+    def all_open(self) -> list[Any]:
+        return list(self._open)
+
     def read(self) -> tuple[tuple[int, ...], list[tuple[Any, ...]]]:
         """The sums over all, and the other numbers of each that is open."""
         with self._lock:

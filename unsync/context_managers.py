@@ -45,6 +45,7 @@ class _Host(Generic[T]):
         except BaseException:
             work.close()  # the ambient loop cannot be started
             raise
+        _common.apart.add(self.ended)
         when_done(self.ended, self.is_over)
 
     def is_over(self, ended: Unfuture[bool]) -> None:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from unsync import _common, _travel
-from unsync._backend import Batch, Counter, JobQueue, Unfuture
+from unsync._backend import Batch, Counter, JobQueue, Unfuture, tell_watcher
 from unsync._common import WorkCounts
 from unsync._counts import Book
 
@@ -217,6 +217,12 @@ def read_others() -> tuple[WorkCounts, WorkCounts]:
     return _to_processes.work(), _to_others.work()
 
 
+def open_queues() -> list[JobQueue]:
+    """Of all thread executors whose threads may have something to do."""
+    _queues.close_ended_queues()
+    return _queues.all_open()
+
+
 def _work(
     jobs: JobQueue, prepare: Callable[[], object] | None, pool: weakref.ref[ThreadExecutor]
 ) -> None:
@@ -243,13 +249,17 @@ def _work(
         executor._forget_this_thread()
 
 
-def stop_threads(timeout: float) -> None:
-    """At exit: cancels what waits in any thread executor, and waits a little for what runs."""
-    until = monotonic() + timeout
-    executors = list(_thread_executors)
-    for executor in executors:
+def cancel_queued() -> None:
+    """Cancels what waits for a thread anywhere, and refuses what comes."""
+    for executor in list(_thread_executors):
         executor.shutdown(wait=False, cancel_futures=True)
-    for executor in executors:
+
+
+def stop_threads(timeout: float) -> None:
+    """At exit: waits a little for what runs in any thread executor."""
+    until = monotonic() + timeout
+    cancel_queued()
+    for executor in list(_thread_executors):
         executor.join(max(0.0, until - monotonic()))
 
 
@@ -291,6 +301,7 @@ def after_fork() -> None:
     global _at_fork, _queues, _to_processes, _to_others, _is_past_main
     _is_past_main = False  # a fork server's child may import the main program yet
     _queues, _to_processes, _to_others = Book(5), Counter(), Counter()
+    _elsewhere.clear()
     # Without the hook before the fork if that was another's, which imported this module.
     found, _at_fork = _at_fork or _look_around(), None
     for executor in found.thread_executors:
@@ -407,7 +418,32 @@ def submit_to(
     counter.count(future)
     unfuture = Unfuture(future)
     unfuture._name_function(function)
+    tell_watcher(unfuture)
+    note_elsewhere(future, [unfuture])
     return unfuture
+
+
+# What executors that are not ours have to do: the future, and the calls that end with it. By the
+# number of the future, since different ones are equal in some libraries.
+_elsewhere: dict[int, tuple[concurrent.futures.Future[Any], list[Unfuture[Any]]]] = {}
+
+
+def note_elsewhere(future: concurrent.futures.Future[Any], calls: list[Unfuture[Any]]) -> None:
+    """For who drains, from now on until all who wait for the calls have been told."""
+    _elsewhere[id(future)] = future, calls
+    future.add_done_callback(_is_back)
+
+
+def _is_back(future: concurrent.futures.Future[Any]) -> None:
+    _, calls = _elsewhere.pop(id(future), (future, []))
+    drains = sys.modules.get("unsync._drain")
+    if drains is not None:
+        for call in calls:
+            drains.is_through(call)
+
+
+def calls_elsewhere() -> list[Unfuture[Any]]:
+    return [call for _, calls in list(_elsewhere.values()) for call in calls]
 
 
 # Executors whose functions leave this process or interpreter, by name, since asking for their
@@ -567,12 +603,15 @@ class ProcessPool:
 
     Which start method it uses is the choice of `multiprocessing.set_start_method`, or Python's; but
     where that is fork it is forkserver.
+
+    :param at_first: called when one has been made that is the first in its process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_first: Callable[[], object]) -> None:
         self.lock = _common.Making()  # guards _executor; held over a fork
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
-        self._registered_in: int | None = None  # the process whose exit stops it
+        self._at_first = at_first
+        self._process: int | None = None  # in which it was called
         # Left by a parent process: kept, since ending it here would speak to the parent's workers.
         self._inherited: list[concurrent.futures.ProcessPoolExecutor] = []
 
@@ -592,9 +631,9 @@ class ProcessPool:
     def _make(self) -> concurrent.futures.ProcessPoolExecutor:
         try:
             executor = _make_process_pool()
-            if self._registered_in != os.getpid():
-                _register_process_exit(self)
-                self._registered_in = os.getpid()
+            if self._process != os.getpid():
+                self._at_first()
+                self._process = os.getpid()
         except RuntimeError as exc:
             if "shutdown" not in str(exc):
                 raise
@@ -717,8 +756,6 @@ _BEGAN_ANEW = (
     "executor that forks to unsync.process_executor. (This is said once in each process.)"
 )
 
-# How long the interpreter's exit waits for what still runs, in seconds.
-EXIT_SECONDS = 1.0
 # How long a process may take to end when it is told to.
 _TERMINATE_SECONDS = 0.5
 
@@ -737,23 +774,3 @@ def _forget_fork_server(module: ModuleType | None) -> None:
     anew = type(server)()
     anew._preload_modules = server._preload_modules
     vars(server).update(vars(anew))
-
-
-def _register_process_exit(pool: ProcessPool) -> None:
-    """Has the pool's work cancelled at exit, before concurrent.futures would wait for all of it.
-
-    That one waits in `threading`'s own exit hooks, run last in, first out, so this must be one
-    as well; no public function adds to them. In a process of multiprocessing's that is too late:
-    there its exit function, which joins the process's own children, comes first.
-    """
-
-    import multiprocessing.util
-
-    def stop() -> None:
-        _common.exiting = True
-        pool.stop(EXIT_SECONDS)
-
-    register = getattr(threading, "_register_atexit", None)
-    if register is not None:
-        register(stop)
-    multiprocessing.util.Finalize(None, stop, exitpriority=100)

@@ -21,7 +21,7 @@ from itertools import chain, islice, repeat
 from types import TracebackType
 from typing import Any, TypeVar, cast, final
 
-from unsync import _common, _travel
+from unsync import _common, _travel, executors
 from unsync._backend import (
     Batch,
     Route,
@@ -301,7 +301,9 @@ class _Chunk(Batch):
         if isinstance(job, Unfuture):
             when_done(job, self.end)
         else:
+            calls = self.calls
             job.add_done_callback(self.end)
+            executors.note_elsewhere(job, calls)
 
     def fail(self, job: _Job, exc: BaseException) -> None:
         failure = _failure(job, exc)

@@ -353,6 +353,7 @@ class _InAmbientLoop(_Channel[T]):
         # Which becomes the task's name.
         work.__qualname__ = getattr(generator, "__qualname__", type(generator).__name__)
         self.producer = Unfuture(work)
+        _common.apart.add(self.producer)
         when_done(self.producer, self.is_over)
 
     async def work(self) -> None:

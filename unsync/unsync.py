@@ -130,7 +130,7 @@ class _Processes:
     """The process executor in use, and the route of the functions that go there."""
 
     def __init__(self) -> None:
-        self.pool = executors.ProcessPool()
+        self.pool = executors.ProcessPool(_before_processes_end)
         self._assigned: concurrent.futures.Executor | executors.Given | None = None
         self.route = Route(self.pool.submit)
 
@@ -170,6 +170,21 @@ def _executor_of(
     return engine.executor if isinstance(engine, executors.Given) else engine
 
 
+def _before_processes_end() -> None:
+    """Has the end of this process begin before it would wait for those of a pool.
+
+    `concurrent.futures` waits for them in a hook of `threading`, of which the last one comes first;
+    so this one is added when that is there. In a process of multiprocessing's own an exit function
+    of that comes before the hooks, and joins the children.
+    """
+    import multiprocessing.util
+
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        register(_finish_functions)
+    multiprocessing.util.Finalize(None, _finish_functions, exitpriority=100)
+
+
 _ambient = Ambient()
 _threads = _Threads()
 _processes = _Processes()
@@ -179,29 +194,61 @@ _processes = _Processes()
 _ending = threading.RLock()
 
 
-def _shutdown(timeout: float | None) -> bool:
-    if timeout is not None:
-        _common.check_timeout(timeout)
-        if timeout > threading.TIMEOUT_MAX:
-            timeout = None  # as in math.inf
-    until = None if timeout is None else monotonic() + timeout
+def _until(timeout: float | None) -> float | None:
+    """When that is over, on the monotonic clock; None for never, as for an infinite number.
 
-    def left() -> float | None:
-        return None if until is None else max(0.0, until - monotonic())
+    :raises ValueError: if it is no number.
+    """
+    if timeout is None:
+        return None
+    _common.check_timeout(timeout)
+    return None if timeout > threading.TIMEOUT_MAX else monotonic() + timeout
 
-    _ambient.check_not_inside()
-    patience = -1.0 if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - monotonic())
+
+
+def _drain(timeout: float | None) -> bool:
+    until = _until(timeout)
+    _ambient.check_not_inside("drain")
+    if executors.in_thread_of_a_pool():
+        raise RuntimeError(
+            "unsync.drain() cannot be called in a thread of a pool: it would wait for itself"
+        )
+    if _common.running_loop() is not None:
+        raise RuntimeError(
+            "unsync.drain() would block the event loop that runs here; there it is "
+            f"`await asyncio.to_thread(unsync.drain, {timeout!r})`"
+        )
+    with package._drain.Drain(_ambient.mailbox) as drain:
+        return drain.wait(until)
+
+
+# How long coroutines have to clean up, in seconds, if a drain has taken all the time.
+_CLEAN_UP_SECONDS = 1.0
+
+
+def _shutdown(timeout: float | None, drain: bool) -> bool:
+    until = _until(timeout)
+    _ambient.check_not_inside("shutdown")
+    drained = True
+    if drain:
+        drained = _drain(_left(until))
+        if until is not None:
+            until = max(until, monotonic() + _CLEAN_UP_SECONDS)
+    patience = _left(until)
     if executors.in_thread_of_a_pool():
         patience = 0.0  # another shutdown would wait for this thread
-    if not _ending.acquire(timeout=patience):
+    if not _ending.acquire(timeout=-1.0 if patience is None else patience):
         return False
     try:
         # Coroutines first: what they await in the executors is cancelled with them.
-        ended = _ambient.stop(left())
-        ended = _threads.stop(left()) and ended
-        ended = _processes.pool.stop(left()) and ended
+        ended = _ambient.stop(_left(until))
+        ended = _threads.stop(_left(until)) and ended
+        ended = _processes.pool.stop(_left(until)) and ended
         # What ended last may have called a coroutine or a continuation, and so started the loop.
-        return _ambient.stop(left()) and ended
+        return _ambient.stop(_left(until)) and ended and drained
     finally:
         _ending.release()
 
@@ -228,12 +275,38 @@ def _stats() -> package._stats.Stats:
     )
 
 
-def _at_exit() -> None:
-    _common.exiting = True
-    _ambient.stop(executors.EXIT_SECONDS)
-    executors.stop_threads(executors.EXIT_SECONDS)
-    _processes.pool.stop(executors.EXIT_SECONDS)
-    _ambient.stop(executors.EXIT_SECONDS)
+_exit_timeout: float | None = None
+
+
+def _check_exit_timeout(timeout: float | None) -> float | None:
+    if timeout is not None:
+        if not isinstance(timeout, (int, float)):
+            raise TypeError(
+                f"unsync.exit_timeout must be a number of seconds, or None, not {timeout!r}"
+            )
+        _common.check_timeout(timeout)
+        if timeout < 0:
+            raise ValueError(f"unsync.exit_timeout must be at least 0, not {timeout!r}")
+    return timeout
+
+
+# Made by the first of the hooks.
+_end: package._exit.End | None = None
+
+
+def _the_end() -> package._exit.End:
+    global _end
+    if _end is None:
+        _end = package._exit.End(_ambient, _processes.pool, _exit_timeout)
+    return _end
+
+
+def _finish_functions() -> None:
+    _the_end().finish_functions()
+
+
+def _finish() -> None:
+    _the_end().finish()
 
 
 def _import_before_fork() -> None:
@@ -260,9 +333,11 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork() -> None:
-    global _ending
-    _ending = threading.RLock()
+    global _ending, _end
+    _ending, _end = threading.RLock(), None
     after_fork()
+    if "_drain" in vars(package):
+        package._drain.after_fork()
     _ambient.after_fork()
     _threads.after_fork()
     _processes.pool.after_fork()
@@ -270,9 +345,11 @@ def _after_fork() -> None:
 
 
 if _common.DAEMONIC:
-    atexit.register(_at_exit)
-else:
-    threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+    with contextlib.suppress(RuntimeError, AttributeError):  # imported at the very end
+        threading._register_atexit(_finish_functions)  # type: ignore[attr-defined]
+    atexit.register(_finish)
+else:  # Python waits for our threads after `threading`'s hooks, and would do so for ever
+    threading._register_atexit(_finish)  # type: ignore[attr-defined]
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
@@ -373,6 +450,27 @@ class _Settings(type):
     def process_executor(cls) -> None:
         _processes.executor = None
 
+    @property
+    def exit_timeout(cls) -> float | None:
+        """How many seconds the end of the interpreter waits for functions and coroutines, in all.
+
+        None, the default, is for as long as it takes. What has not ended then is told on stderr.
+
+        :raises TypeError: when set to what is neither a number nor None.
+        :raises ValueError: when set to less than 0, or nan.
+        """
+        return _exit_timeout
+
+    @exit_timeout.setter
+    def exit_timeout(cls, timeout: float | None) -> None:
+        global _exit_timeout
+        _exit_timeout = _check_exit_timeout(timeout)
+
+    @exit_timeout.deleter
+    def exit_timeout(cls) -> None:
+        global _exit_timeout
+        _exit_timeout = None
+
     def stats(cls) -> package._stats.Stats:
         """What was done and what is pending: counts that only grow, and depths of queues.
 
@@ -429,7 +527,22 @@ class _Settings(type):
         target = _target("map", function)
         return package.fan_out.stream_calls(target, iterables, chunksize, in_order, read_ahead)
 
-    def shutdown(cls, timeout: float | None = None) -> bool:
+    def drain(cls, timeout: float | None = None) -> bool:
+        """Waits, in a plain thread, for what is pending now and for what that calls in turn.
+
+        That is every call of a marked function, to wherever it goes, and every continuation; not
+        what others call meanwhile, nor the generator of a stream or a context manager that waits
+        for its user. Nothing is cancelled, and nothing refused.
+
+        :param timeout: how many seconds to wait; None for as long as it takes.
+        :returns: whether all of it has ended; False after `timeout` seconds.
+        :raises RuntimeError: in `unsync.thread`, in a thread of a pool and where an event loop
+            runs, which must not wait: there it is `await asyncio.to_thread(unsync.drain, timeout)`.
+        :raises ValueError: if `timeout` is nan.
+        """
+        return _drain(timeout)
+
+    def shutdown(cls, timeout: float | None = None, *, drain: bool = False) -> bool:
         """Ends everything that was started; the next call starts afresh.
 
         Coroutines see `CancelledError`, work that has not begun is cancelled, and functions that
@@ -437,10 +550,14 @@ class _Settings(type):
 
         :param timeout: how many seconds to wait in all; None for as long as it takes. After that,
             processes are terminated, and threads that still run are left behind.
+        :param drain: waits first, for up to `timeout` seconds, as `unsync.drain()` does. Coroutines
+            have a second then to clean up, if that is more than what is left.
         :returns: whether everything ended in time.
-        :raises RuntimeError: in `unsync.thread`, which cannot wait for its own end.
+        :raises RuntimeError: in `unsync.thread`, which cannot wait for its own end; with `drain` as
+            `unsync.drain()` does.
+        :raises ValueError: if `timeout` is nan.
         """
-        return _shutdown(timeout)
+        return _shutdown(timeout, drain)
 
 
 class _Marked(Launcher[P, T], metaclass=_Settings):

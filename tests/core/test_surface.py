@@ -33,8 +33,13 @@ FUNCTIONS = [
     "call_each",
     "fill_batches",
     "in_home_thread",
+    "name_of_call",
     "set_home",
+    "tell_watcher",
+    "waiting_upon",
+    "watch_calls",
     "when_done",
+    "when_told",
 ]
 CONSTANTS = ["BIND_CLASS", "BIND_INSTANCE", "BIND_NOTHING"]
 

@@ -14,15 +14,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-
-from unsync import executors
 
 # Those that the default pool uses; the quickest first.
 START_METHODS = sorted(set(multiprocessing.get_all_start_methods()) - {"fork"})
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 # Python's own word on every fork beside a thread, from 3.12 on.
 FLAGS = ("-X", "dev", "-W", "ignore:This process:DeprecationWarning")
@@ -49,11 +50,12 @@ def end(run_python: Run) -> Callable[..., str]:
 BEGINNING = """
 import asyncio
 import atexit
+import sys
 import threading
 import time
 from pathlib import Path
 
-from unsync import executors, unsync
+from unsync import unsync
 
 begun = threading.Event()
 
@@ -70,10 +72,17 @@ def sleep():
     time.sleep(3600)
 
 
+def wait_for_file(name):
+    until = time.monotonic() + 60
+    while not Path(name).exists():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
 """
 
-# For what has to end in the time that the exit gives it: on a busy machine that takes longer.
-PATIENT = "executors.EXIT_SECONDS = 60\n"
+# Nothing is waited for.
+AT_ONCE = "unsync.exit_timeout = 0\n"
 
 PROGRAMS = {
     # Nothing to do, or nothing left to do.
@@ -123,8 +132,7 @@ else:
     ),
     # Coroutines.
     "a pending coroutine is cancelled": (
-        f"""
-{PATIENT}
+        """
 @unsync
 async def tidy():
     begun.set()
@@ -142,8 +150,7 @@ assert begun.wait(60)
         "cleaned up\ncancelled: True\n",
     ),
     "an asynchronous generator is closed": (
-        f"""
-{PATIENT}
+        """
 async def numbers():
     try:
         yield 1
@@ -161,8 +168,164 @@ print(first().result(60))
 """,
         "1\nclosed\n",
     ),
-    "a coroutine that ignores its cancellation is left": (
+    "a coroutine that calls functions while it cleans up": (
         """
+@unsync
+async def tidy():
+    begun.set()
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        for number in range(3):
+            await save(number)
+        save("the last")
+
+@unsync
+def save(what):
+    time.sleep(0.01)
+    print("saved", what)
+
+save("the first").result(60)  # 3.12 and later start no thread at the end
+tidy()
+assert begun.wait(60)
+""",
+        "saved the first\nsaved 0\nsaved 1\nsaved 2\nsaved the last\n",
+    ),
+    # Threads.
+    "functions that were accepted are finished": (
+        """
+@unsync
+def save(number):
+    time.sleep(0.01)
+    done.append(number)
+
+done = []
+unsync.thread_executor = type(unsync.thread_executor)(max_workers=2)
+for number in range(24):
+    save(number)
+atexit.register(lambda: print(len(done)))
+""",
+        "24\n",
+    ),
+    "and what they call in turn, and their continuations": (
+        """
+@unsync
+def fetch(depth):
+    time.sleep(0.01)
+    return fetch_later(depth - 1).result() if depth else "fetched"
+
+@unsync
+async def fetch_later(depth):
+    await asyncio.sleep(0.01)
+    return await fetch(depth)
+
+@unsync
+def save(what):
+    time.sleep(0.01)
+    print("saved", what)
+
+fetch(3).map(save)
+fetch(0).then(lambda unfuture: save(unfuture.result()).map(lambda _: print("the end")))
+""",
+        "saved fetched\nthe end\nsaved fetched\n",
+    ),
+    "not what coroutines go on calling": (
+        """
+@unsync
+async def heartbeat():
+    while True:
+        await beat()
+
+@unsync
+def beat():
+    begun.set()
+    time.sleep(0.001)
+
+heartbeat()
+assert begun.wait(60)
+""",
+        "",
+    ),
+    "streams are closed": (
+        """
+@unsync
+def in_threads():
+    try:
+        while True:
+            yield 1
+    finally:
+        print("closed in a thread")
+
+@unsync
+async def in_loop():
+    try:
+        while True:
+            yield 1
+    finally:
+        print("closed in the loop")
+
+streams = [in_loop(), in_threads()]
+for stream in streams:
+    next(stream)
+""",
+        "closed in the loop\nclosed in a thread\n",
+    ),
+    "what threads of the program call": (
+        """
+def go_on():
+    threading.main_thread().join()
+    for number in range(3):
+        save(number).then(lambda _: save("then"))
+
+@unsync
+def save(what):
+    time.sleep(0.01)
+    done.append(what)
+
+done = []
+save("first").result(60)
+unsync.loop
+threading.Thread(target=go_on).start()
+atexit.register(lambda: print(unsync.drain(), len(done)))
+""",
+        "True 7\n",
+    ),
+    # Processes.
+    "functions in processes are finished": (
+        """
+@unsync(cpu_bound=True)
+def save(number):
+    time.sleep(0.01)
+    Path(f"saved {number}").touch()
+
+if __name__ == "__main__":
+    for number in range(9):
+        save(number).map(lambda _: unsync(sys.stdout.write)("saved\\n"))
+""",
+        9 * "saved\n",
+    ),
+    "functions in executors of others are finished": (
+        """
+from concurrent.futures import ThreadPoolExecutor
+
+def save(number):
+    time.sleep(0.01)
+    return unsync(sys.stdout.write)("saved\\n")
+
+executor = ThreadPoolExecutor(2)
+for unfuture in unsync.calls(unsync(save, executor=executor), range(9)):
+    unfuture.map(lambda unfuture: unfuture)
+""",
+        9 * "saved\n",
+    ),
+}
+
+# What does not end by itself: what is printed, and what is told.
+LOST = {
+    "a coroutine that ignores its cancellation": (
+        """
+unsync.exit_timeout = 0.1
+
 @unsync
 async def stubborn():
     while True:
@@ -176,9 +339,11 @@ unfuture = stubborn()
 assert begun.wait(60)
 """,
         "no\n",
+        "1 call of stubborn()",
     ),
-    "a coroutine that blocks the loop is left": (
-        """
+    "a coroutine that blocks the loop, and what waits for it": (
+        f"""
+{AT_ONCE}
 @unsync
 async def block():
     begun.set()
@@ -194,41 +359,27 @@ waiting = [behind() for _ in range(3)]
 chained = waiting[0].then(print)
 """,
         "",
+        "1 call of block()",
     ),
-    "a coroutine that waits for other work is no news": (
-        """
-@unsync(cpu_bound=True)
-def sleep_in_process():
-    time.sleep(600)
-
-@unsync
-async def wait_for_all():
-    work = [sleep(), sleep_in_process()]
-    await asyncio.gather(*work)
-
-if __name__ == "__main__":
-    wait_for_all()
-    assert begun.wait(60)
-""",
-        "",
-    ),
-    # Threads.
-    "thread functions that sleep or wait do not hold it": (
-        """
+    "functions that sleep or wait": (
+        f"""
+{AT_ONCE}
 @unsync
 def wait():
     waits.set()
     threading.Event().wait()
 
 waits = threading.Event()
-running = [sleep(), wait()]
+running = [sleep(), sleep(), wait()]
 assert begun.wait(60)
 assert waits.wait(60)
 """,
         "",
+        "3 calls, 2 of sleep(), 1 of wait()",
     ),
-    "a queued thread function never begins": (
-        """
+    "functions that have not begun": (
+        f"""
+{AT_ONCE}
 @unsync
 def queued():
     print("must not run")
@@ -241,25 +392,11 @@ for unfuture in waiting:
     unfuture.add_done_callback(lambda unfuture: print("cancelled:", unfuture.cancelled()))
 """,
         3 * "cancelled: True\n",
+        "4 calls, 3 of queued(), 1 of sleep()",
     ),
-    "a running thread function gets a little time": (
+    "a function that waits for a coroutine": (
         f"""
-{PATIENT}
-@unsync
-def finish():
-    begun.set()
-    assert ending.wait(60)
-    print("finished")
-
-ending = threading.Event()
-finish()
-assert begun.wait(60)
-atexit.register(ending.set)  # the exit has begun, and the package's own part of it comes next
-""",
-        "finished\n",
-    ),
-    "a thread function that waits for a coroutine is no news": (
-        """
+{AT_ONCE}
 @unsync
 def wait():
     return hour().result()
@@ -268,32 +405,68 @@ wait()
 assert begun.wait(60)
 """,
         "",
+        "1 call of wait()",
     ),
-    # Processes.
-    "a running process function gets a little time": (
+    "functions of many names": (
         f"""
-{PATIENT}
+{AT_ONCE}
+unsync.thread_executor = type(unsync.thread_executor)(max_workers=10)
+running = []
+for number in range(7):
+    def wait():
+        threading.Event().wait()
+    wait.__qualname__ = f"wait_{{number}}"
+    running += [unsync(wait)() for _ in range(8 - number)]
+""",
+        "",
+        "35 calls, 8 of wait_0(), 7 of wait_1(), 6 of wait_2(), 5 of wait_3(), 4 of wait_4(), "
+        "5 of others",
+    ),
+    "processes": (
+        f"""
+{AT_ONCE}
 @unsync(cpu_bound=True)
-def finish():
+def sleep_in_process():
     Path("begun").touch()
-    wait_for("ending")
-    print("finished", flush=True)
-
-def wait_for(name):
-    until = time.monotonic() + 60
-    while not Path(name).exists():
-        assert time.monotonic() < until
-        time.sleep(0.001)
+    time.sleep(600)
 
 if __name__ == "__main__":
-    unfuture = finish()
-    wait_for("begun")
-    # Pools are ended by hooks of threading's own, the last one that was registered first.
-    threading._register_atexit(Path("ending").touch)
+    running = sleep_in_process()
+    wait_for_file("begun")
 """,
-        "finished\n",
+        "",
+        "1 call of sleep_in_process()",
+    ),
+    "a coroutine that waits for other work": (
+        f"""
+{AT_ONCE}
+@unsync(cpu_bound=True)
+def sleep_in_process():
+    Path("begun").touch()
+    time.sleep(600)
+
+@unsync
+async def wait_for_all():
+    work = [sleep(), sleep_in_process()]
+    await asyncio.gather(*work)
+
+if __name__ == "__main__":
+    wait_for_all()
+    wait_for_file("begun")
+""",
+        "",
+        "2 calls, 1 of sleep(), 1 of sleep_in_process()",
     ),
 }
+
+
+@pytest.mark.parametrize("program", LOST)
+def test_what_is_lost_is_told(program: str, run_python: Run) -> None:
+    text, output, lost = LOST[program]
+    done = run_python(BEGINNING + text, *FLAGS)
+    assert done.stdout == output
+    assert NOISE.sub("", done.stderr) == f"unsync: the exit lost {lost}\n"
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -302,8 +475,76 @@ def test_the_end_of(program: str, end: Callable[..., str]) -> None:
     assert end(BEGINNING + text) == output
 
 
-def test_the_exit_waits_for_a_moment_only() -> None:
-    assert executors.EXIT_SECONDS == 1
+SLOW = f"""
+{BEGINNING}
+import signal
+
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@unsync
+async def tidy():
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        await asyncio.sleep(0.01)
+        print("cleaned up")
+
+
+@unsync
+def queued():
+    print("must not run")
+
+
+unsync.thread_executor = type(unsync.thread_executor)(max_workers=1)
+tidy()
+running = sleep()
+waiting = [queued() for _ in range(3)]
+assert begun.wait(60)
+"""
+
+WAITS = "unsync: the exit waits for 4 calls, 3 of queued(), 1 of sleep() (Ctrl-C ends the wait)\n"
+LOSES = "unsync: the exit lost 4 calls, 3 of queued(), 1 of sleep()\n"
+
+
+@posix_only
+def test_it_says_what_it_waits_for_and_ends_on_ctrl_c() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == WAITS
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (output, errors, process.returncode) == ("cleaned up\n", LOSES, 0)
+
+
+@posix_only
+def test_a_ctrl_c_before_it_has_said_so() -> None:
+    program = f"""
+{SLOW}
+def interrupt():
+    drains = unsync_package._drain._watcher._drains
+    while not drains or drains[0]._is_looking:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+
+import os
+import unsync as unsync_package
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("cleaned up\n", LOSES)
+    assert done.returncode == 0
+
+
+def test_the_bound_holds_for_all_of_it_and_is_told(run_python: Run) -> None:
+    done = run_python(SLOW + "unsync.exit_timeout = 2.5\n")
+    assert done.stderr == WAITS.replace(")\n", ", and so does unsync.exit_timeout)\n") + LOSES
+    assert (done.stdout, done.returncode) == ("cleaned up\n", 0)
 
 
 def test_when_it_was_imported_in_a_thread(end: Callable[..., str]) -> None:
@@ -353,7 +594,7 @@ def began(name):
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(os.environ["START_METHOD"])
-    {before}
+    unsync.exit_timeout = 0
     work = [sleep(f"begun{{number}}") for number in range(9)]
     {chain}
     until = time.monotonic() + 60
@@ -364,36 +605,40 @@ if __name__ == "__main__":
 """
 
 
-def assert_gone(pids: str) -> None:
-    assert pids
+def run_long_work(run_python: Run, method: str, begin: str = "", chain: str = "") -> str:
+    """Whose processes are gone when it has ended; gives the rest of what it printed."""
+    program = begin + LONG_WORK.format(chain=chain)
+    done = run_python(program, *FLAGS, env={"START_METHOD": method})
+    assert re.fullmatch(r"unsync: the exit lost .*9 .*of sleep\(\).*\n", NOISE.sub("", done.stderr))
+    assert done.returncode == 0
+    pids, rest = re.fullmatch(r"([\d ]+)\n(.*)", done.stdout, re.DOTALL).groups()  # type: ignore[union-attr]
     for pid in pids.split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
+    return rest
 
 
 @pytest.mark.parametrize("method", START_METHODS)
 def test_running_and_queued_process_work_ends_with_its_processes(
-    method: str, end: Callable[..., str]
+    method: str, run_python: Run
 ) -> None:
-    assert_gone(end(LONG_WORK.format(before="", chain=""), START_METHOD=method))
+    assert run_long_work(run_python, method) == ""
 
 
-def test_queued_process_work_is_cancelled(end: Callable[..., str]) -> None:
-    chain = "work[-1].add_done_callback(lambda unfuture: print(unfuture.cancelled(), end=' '))"
-    output = end(LONG_WORK.format(before="", chain=chain), START_METHOD=START_METHODS[0])
-    assert "True" in output
+def test_queued_process_work_is_cancelled(run_python: Run) -> None:
+    chain = "work[-1].add_done_callback(lambda unfuture: print(unfuture.cancelled()))"
+    assert run_long_work(run_python, START_METHODS[0], chain=chain) == "True\n"
 
 
-def test_process_work_that_others_go_on_from_is_no_news(end: Callable[..., str]) -> None:
-    program = LONG_WORK.format(before="", chain="chained = [each.then(print) for each in work]")
-    assert_gone(end(program, START_METHOD=START_METHODS[0]))
+def test_process_work_that_others_go_on_from_is_no_news(run_python: Run) -> None:
+    chain = "chained = [each.then(print) for each in work]"
+    assert run_long_work(run_python, START_METHODS[0], chain=chain) == ""
 
 
-def test_workers_that_handle_the_signal_end_too(end: Callable[..., str]) -> None:
+def test_workers_that_handle_the_signal_end_too(run_python: Run) -> None:
     """A program that handles SIGTERM when it is imported has workers that handle it as well."""
-    handler = "import signal; signal.signal(signal.SIGTERM, lambda *args: None)"
-    program = f"{handler}\n{LONG_WORK.format(before='', chain='')}"
-    assert_gone(end(program, START_METHOD=START_METHODS[0]))
+    handler = "import signal; signal.signal(signal.SIGTERM, lambda *args: None)\n"
+    assert run_long_work(run_python, START_METHODS[0], begin=handler) == ""
 
 
 # Calls made at the last moment.
@@ -572,8 +817,6 @@ pending = hour()
 assert begun.wait(60)
 """
 
-
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 # Ways to end while a coroutine is pending: the status, and what stands on stderr, whole.
 ENDS = {

@@ -1,0 +1,155 @@
+"""The end of the interpreter: what functions were given is done, and what is left is told.
+
+As in `concurrent.futures`, functions that threads and processes have accepted are finished; as in
+`asyncio.run`, coroutines that are left are cancelled and waited for. In this order:
+
+1. Before Python joins the threads of the program: functions are waited for, with what they call.
+2. Python joins those threads; what they call works as always.
+3. After that functions are waited for again. Then coroutines are cancelled, and streams closed;
+   what these call is waited for as well.
+
+The first step is a hook of `threading`, as those of `concurrent.futures` are, and comes before
+them; the third one is a hook of `atexit`. Both are called in the main thread, and this module is
+imported by the first of them. Ctrl-C ends the wait, and `unsync.exit_timeout` bounds it.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from unsync import _common, executors
+from unsync._common import FAILED, FINISHED, is_of_the_exit
+from unsync._drain import Drain, summary
+
+if TYPE_CHECKING:
+    from unsync._ambient import Ambient
+    from unsync._backend import Unfuture
+
+__all__ = ["End"]
+
+# After so many seconds a line on stderr says what is waited for.
+_SILENCE = 2.0
+# How long coroutines have, in seconds, when nobody is to wait for them any more.
+_GRACE = 1.0
+
+
+class End:
+    """The end of this process, from the first hook to the last."""
+
+    def __init__(
+        self, ambient: Ambient, pool: executors.ProcessPool, timeout: float | None
+    ) -> None:
+        self._ambient = ambient
+        self._pool = pool
+        self._began = monotonic()
+        self._until = None if timeout is None else self._began + timeout
+        self._has_told = False
+        # Nothing is waited for any more.
+        self._gave_up = False
+
+    def finish_functions(self) -> None:
+        """Waits for the functions that were accepted so far, and for what they call."""
+        if self._gave_up:
+            return
+        with Drain(None) as drain:
+            try:
+                if self._wait_for(drain):
+                    return
+            except KeyboardInterrupt:
+                pass
+            self._give_up(drain.pending())
+
+    def finish(self) -> None:
+        """The rest: the threads of the program have ended."""
+        self.finish_functions()
+        _common.exiting = True
+        if not self._gave_up:
+            try:
+                self._cancel_coroutines()
+                self._close_streams()
+            except KeyboardInterrupt:
+                self._give_up([])
+            self.finish_functions()
+        self._end_executors()
+
+    def _wait_for(self, drain: Drain) -> bool:
+        if not self._has_told:
+            silence = self._began + _SILENCE
+            if drain.wait(silence if self._until is None else min(silence, self._until)):
+                return True
+            if (self._until is None or monotonic() < self._until) and (left := drain.pending()):
+                self._tell(f"the exit waits for {summary(left)}")
+        return drain.wait(self._until)
+
+    def _tell(self, text: str) -> None:
+        """Once, what is waited for."""
+        self._has_told = True
+        bound = "" if self._until is None else ", and so does unsync.exit_timeout"
+        _say(f"{text} (Ctrl-C ends the wait{bound})")
+
+    def _cancel_coroutines(self) -> None:
+        ambient = self._ambient.begin_to_stop(self._until)
+        if ambient is None:
+            return
+        if not self._has_told:
+            silence = max(self._began + _SILENCE, monotonic() + _GRACE)
+            if not ambient.join(silence if self._until is None else min(silence, self._until)):
+                left = list(ambient.mailbox.live.values())
+                if left and (self._until is None or monotonic() < self._until):
+                    self._tell(f"the exit waits for what was cancelled: {summary(left)}")
+        ambient.end(self._until)
+        self._ambient.forget(ambient)
+        self._tell_of_losses(ambient.given_up)
+
+    def _close_streams(self) -> None:
+        streams: Any = sys.modules.get("unsync.streams")
+        if streams is not None:
+            for channel in list(streams._InThreads.all):
+                with suppress(Exception):  # there is no thread for it
+                    channel.close()
+
+    def _give_up(self, functions: list[Unfuture[Any]]) -> None:
+        """Cancels what has not begun, and coroutines, and gives these a moment.
+
+        :param functions: those whose calls have not ended.
+        """
+        self._gave_up = True
+        _common.exiting = True
+        executors.cancel_queued()
+        self._pool.stop(0)
+        until = monotonic() + _GRACE
+        ambient = self._ambient.begin_to_stop(until)
+        coroutines: list[Unfuture[Any]] = []
+        if ambient is not None:
+            with suppress(KeyboardInterrupt):  # again: without the moment
+                ambient.hurry(until)
+                ambient.end(until)
+            self._ambient.forget(ambient)
+            coroutines = ambient.given_up
+        lost = dict.fromkeys([*functions, *coroutines])
+        self._tell_of_losses([call for call in lost if _is_lost(call)])
+
+    def _tell_of_losses(self, lost: list[Unfuture[Any]]) -> None:
+        if lost:
+            _say(f"the exit lost {summary(lost)}")
+
+    def _end_executors(self) -> None:
+        patience = 0.0 if self._gave_up else _GRACE
+        executors.stop_threads(patience)
+        self._pool.stop(patience)
+        self._ambient.stop(patience)
+
+
+def _is_lost(call: Unfuture[Any]) -> bool:
+    """Whether it did not end by itself: processes that are terminated break their pool."""
+    status, outcome = call._peek()
+    return status != FINISHED and not (status == FAILED and not is_of_the_exit(outcome))
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):  # it is closed
+            print(f"unsync: {text}", file=sys.stderr, flush=True)
