@@ -27,7 +27,7 @@ from unsync._common import LOOK_AGAIN_SECONDS, Latch
 if TYPE_CHECKING:
     from unsync._backend import Mailbox, Unfuture
 
-__all__ = ["Drain", "after_fork", "is_through", "summary"]
+__all__ = ["Drain", "after_fork", "summary"]
 
 # The drains for which the calls count that are made in this context.
 _marks: ContextVar[tuple[Drain, ...]] = ContextVar("unsync drains")
@@ -69,11 +69,7 @@ class _Watcher:
 
 
 _watcher = _Watcher()
-
-
-def is_through(unfuture: Unfuture[Any]) -> None:
-    """An executor that is not ours has ended it, and all have been told."""
-    _watcher.is_through(unfuture)
+executors.when_back = lambda call: _watcher.is_through(call)
 
 
 def after_fork() -> None:

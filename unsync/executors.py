@@ -428,6 +428,10 @@ def submit_to(
 _elsewhere: dict[int, tuple[concurrent.futures.Future[Any], list[Unfuture[Any]]]] = {}
 
 
+# Set by who drains: told of each of those calls when all who wait for it have been told.
+when_back: Callable[[Unfuture[Any]], object] | None = None
+
+
 def note_elsewhere(future: concurrent.futures.Future[Any], calls: list[Unfuture[Any]]) -> None:
     """For who drains, from now on until all who wait for the calls have been told."""
     _elsewhere[id(future)] = future, calls
@@ -436,10 +440,9 @@ def note_elsewhere(future: concurrent.futures.Future[Any], calls: list[Unfuture[
 
 def _is_back(future: concurrent.futures.Future[Any]) -> None:
     _, calls = _elsewhere.pop(id(future), (future, []))
-    drains = sys.modules.get("unsync._drain")
-    if drains is not None:
+    if when_back is not None:
         for call in calls:
-            drains.is_through(call)
+            when_back(call)
 
 
 def calls_elsewhere() -> list[Unfuture[Any]]:
