@@ -33,6 +33,7 @@ __all__ = [
     "in_home_thread",
     "name_of_call",
     "set_home",
+    "take_unseen",
     "tell_watcher",
     "waiting_upon",
     "watch_calls",
@@ -95,6 +96,7 @@ fill_batches = _core.fill_batches
 in_home_thread = _core.in_home_thread
 name_of_call = _core.name_of_call
 set_home = _core.set_home
+take_unseen = _core.take_unseen
 tell_watcher = _core.tell_watcher
 waiting_upon = _core.waiting_upon
 watch_calls = _core.watch_calls

@@ -547,14 +547,14 @@ def report_unseen_failure(
     The ambient loop's exception handler hears of it in the loop's own thread; without a usable
     loop the same words go to the log. What broke only because the interpreter exits is no news.
     """
-    if exiting and is_of_the_exit(exc):
-        return
+    if sys.is_finalizing() or (exiting and is_of_the_exit(exc)):
+        return  # the interpreter has no more than pieces of what a log needs
     context: dict[str, Any] = {
-        "message": f"{type(unfuture).__name__} exception was never retrieved",
+        "message": _unseen_message(unfuture),
         "exception": exc,
         "future": unfuture,
     }
-    if loop is not None and not sys.is_finalizing():
+    if loop is not None:
         try:
             if running_loop() is loop:
                 loop.call_exception_handler(context)
@@ -564,7 +564,15 @@ def report_unseen_failure(
             pass  # the loop was closed: the log is left
         else:
             return
-    logger.error("%s\nfuture: %r", context["message"], unfuture, exc_info=exc)
+    log_unseen_failure(unfuture, exc)
+
+
+def log_unseen_failure(unfuture: Unfuture[Any], exc: BaseException) -> None:
+    logger.error("%s\nfuture: %r", _unseen_message(unfuture), unfuture, exc_info=exc)
+
+
+def _unseen_message(unfuture: Unfuture[Any]) -> str:
+    return f"{type(unfuture).__name__} exception was never retrieved"
 
 
 def is_of_the_exit(exc: BaseException) -> bool:

@@ -1505,6 +1505,14 @@ def waiting_upon(Unfuture unfuture not None):
     return found
 
 
+def take_unseen(Unfuture unfuture not None):
+    """Its failure, if nobody has looked at that; from now on somebody has."""
+    if load(&unfuture._status) != FAILED or not load(&unfuture._unseen):
+        return None
+    store(&unfuture._unseen, False)
+    return unfuture._outcome
+
+
 cpdef tell_watcher(Unfuture unfuture):
     """A call is being made that goes to an executor which is not ours: see `watch_calls`."""
     if load(&_watching):

@@ -141,6 +141,7 @@ __all__ = [
     "in_home_thread",
     "name_of_call",
     "set_home",
+    "take_unseen",
     "tell_watcher",
     "waiting_upon",
     "watch_calls",
@@ -990,6 +991,14 @@ def waiting_upon(unfuture: Unfuture[Any]) -> list[Unfuture[Any]]:
     """Its continuations, and those that are to have its outcome."""
     waiters = list(unfuture._waiting)
     return [each.target for each in waiters if isinstance(each, (_Continuation, _Follower))]
+
+
+def take_unseen(unfuture: Unfuture[Any]) -> BaseException | None:
+    """Its failure, if nobody has looked at that; from now on somebody has."""
+    if unfuture._status != FAILED or unfuture._seen:
+        return None
+    unfuture._seen = True
+    return cast(BaseException, unfuture._outcome)
 
 
 def tell_watcher(unfuture: Unfuture[Any]) -> None:

@@ -15,20 +15,21 @@ imported by the first of them. Ctrl-C ends the wait, and `unsync.exit_timeout` b
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from unsync import _common, executors
-from unsync._common import FAILED, FINISHED, is_of_the_exit
+from unsync._backend import Unfuture, name_of_call, take_unseen
+from unsync._common import FAILED, FINISHED, is_of_the_exit, log_unseen_failure, logger
 from unsync._drain import Drain, summary
 
 if TYPE_CHECKING:
     from unsync._ambient import Ambient
-    from unsync._backend import Unfuture
 
-__all__ = ["End"]
+__all__ = ["End", "report_failures"]
 
 # After so many seconds a line on stderr says what is waited for.
 _SILENCE = 2.0
@@ -74,6 +75,7 @@ class End:
                 self._give_up([])
             self.finish_functions()
         self._end_executors()
+        report_failures()
 
     def _wait_for(self, drain: Drain) -> bool:
         if not self._has_told:
@@ -141,6 +143,67 @@ class End:
         executors.stop_threads(patience)
         self._pool.stop(patience)
         self._ambient.stop(patience)
+
+
+# The failures that nobody looked at. While a program runs, each is reported when its Unfuture is
+# dropped; at the end those that are left are found by the garbage collector's list of all objects,
+# so that calls pay nothing for it.
+
+# So many of one kind are shown with their tracebacks, and so many kinds.
+_SHOWN = 3
+_KINDS = 10
+# After the traceback of the failure that has ended the program: so many lines at most.
+_LINES = 5
+
+
+def report_failures() -> None:
+    """By function and kind of exception, while there is an interpreter that can do so."""
+    uncaught = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    known = {*map(id, _related(uncaught))}
+    kinds: dict[tuple[str, type], list[tuple[Unfuture[Any], BaseException]]] = {}
+    for unfuture in _all_unfutures():
+        failure = take_unseen(unfuture)
+        if failure is not None and id(failure) not in known and not is_of_the_exit(failure):
+            known.add(id(failure))
+            kind = name_of_call(unfuture) or type(unfuture).__name__, type(failure)
+            kinds.setdefault(kind, []).append((unfuture, failure))
+    # In an order that is the same each time: the collector's is not.
+    found = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0][0]))
+    shown = [] if uncaught is not None else found[:_KINDS]
+    for (name, _), failures in shown:
+        for unfuture, failure in failures[:_SHOWN]:
+            log_unseen_failure(unfuture, failure)
+        if len(failures) > _SHOWN:
+            _log_failures(name, failures[_SHOWN:], "and {} more {} of {}() failed with {}")
+    rest = found[len(shown) :]
+    lines = _LINES if len(rest) <= _LINES else _LINES - 1
+    for (name, _), failures in rest[:lines]:
+        _log_failures(name, failures, "nobody looked at it: {} {} of {}() failed with {}")
+    if others := [failure for _, failures in rest[lines:] for failure in failures]:
+        logger.error("and %d more calls of other functions failed", len(others))
+
+
+def _all_unfutures() -> list[Unfuture[Any]]:
+    return [each for each in gc.get_objects() if issubclass(type(each), Unfuture)]
+
+
+def _related(failure: BaseException | None) -> list[BaseException]:
+    """It, its causes and contexts."""
+    found: list[BaseException] = []
+    waiting = [failure]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and not any(each is other for other in found):
+            found.append(each)
+            waiting += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+    return found
+
+
+def _log_failures(
+    name: str, failures: list[tuple[Unfuture[Any], BaseException]], text: str
+) -> None:
+    calls = "call" if len(failures) == 1 else "calls"
+    logger.error(text.format(len(failures), calls, name, type(failures[0][1]).__qualname__))
 
 
 def _is_lost(call: Unfuture[Any]) -> bool:

@@ -35,6 +35,7 @@ FUNCTIONS = [
     "in_home_thread",
     "name_of_call",
     "set_home",
+    "take_unseen",
     "tell_watcher",
     "waiting_upon",
     "watch_calls",

@@ -887,6 +887,121 @@ def test_a_coroutine_that_fails_when_it_is_cancelled_is_reported_once(run_python
     assert done.stderr.count("ValueError: mine\n") == 1
 
 
+# Failures that nobody looked at.
+
+FAILS = """
+from unsync import unsync
+
+
+@unsync
+def load(number):
+    raise OSError(f"server {number} is down")
+
+
+@unsync
+def store(number):
+    raise ValueError(f"no room for {number}")
+
+
+@unsync(cpu_bound=True)
+def compute():
+    raise ZeroDivisionError("in a process")
+
+
+def fail(function, count):
+    calls = [function(number) for number in range(count)]
+    unsync.drain()
+    return calls
+
+
+"""
+
+
+def test_failures_are_told_at_the_end_by_function_and_kind(run_python: Run) -> None:
+    done = run_python(FAILS + "kept = fail(load, 499) + fail(store, 2)")
+    assert done.stderr.count("Unfuture exception was never retrieved\n") == 5
+    assert done.stderr.count("OSError: server") == 3
+    assert done.stderr.count("ValueError: no room") == 2
+    assert done.stderr.count("\nand 496 more calls of load() failed with OSError\n") == 1
+    assert done.returncode == 0
+
+
+def test_after_an_uncaught_traceback_few_lines_follow(run_python: Run) -> None:
+    program = """
+def main():
+    calls = [*fail(load, 500), *fail(store, 1)]
+    calls[0].result()
+
+main()
+"""
+    done = run_python(FAILS + program)
+    traceback, _, rest = done.stderr.partition("OSError: server 0 is down\n")
+    assert traceback.startswith("Traceback (most recent call last):\n")
+    assert rest == (
+        "nobody looked at it: 499 calls of load() failed with OSError\n"
+        "nobody looked at it: 1 call of store() failed with ValueError\n"
+    )
+    assert done.returncode == 1
+
+
+def test_no_more_than_five_lines_for_many_functions(run_python: Run) -> None:
+    program = """
+calls = []
+for number in range(9):
+    def load(number):
+        raise OSError(number)
+    load.__qualname__ = f"load_{number}"
+    calls += fail(unsync(load), 2)
+raise KeyError("mine")
+"""
+    done = run_python(FAILS + program)
+    _, _, rest = done.stderr.partition("KeyError: 'mine'\n")
+    assert rest.splitlines() == [
+        *(f"nobody looked at it: 2 calls of load_{n}() failed with OSError" for n in range(4)),
+        "and 10 more calls of other functions failed",
+    ]
+
+
+def test_no_failure_is_told_twice(run_python: Run) -> None:
+    """Not that which has ended the program, in its causes, or as the outcome of others."""
+    program = """
+def main():
+    first = load(1)
+    kept.extend([first, first.map(print), first.then(print)])
+    try:
+        first.result()
+    except OSError as exc:
+        error = RuntimeError("mine")
+        kept.append(unsync(fail_with)(exc))
+        raise error from exc
+
+def fail_with(exc):
+    raise exc
+
+kept = []
+main()
+"""
+    done = run_python(FAILS + program)
+    assert done.stderr.count("OSError: ") == 1
+    assert done.stderr.endswith("RuntimeError: mine\n")
+
+
+def test_what_is_dropped_while_the_interpreter_dies_is_told_by_nobody(run_python: Run) -> None:
+    program = """
+class Late:
+    def __del__(self, unfuture=load(1)):
+        self.made = Unfuture()
+        self.made.set_exception(OSError("late"))
+        del self.made
+
+from unsync import Unfuture
+late = Late()
+"""
+    done = run_python(FAILS + program)
+    assert done.stderr.count("OSError: server 1 is down") == 1
+    assert "late" not in done.stderr
+
+
 # Other loops, and an end before the end.
 
 
