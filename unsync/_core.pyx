@@ -1344,7 +1344,16 @@ cdef int call_soon(loop, function, argument, context) except -1:
     except MemoryError:
         # Then nothing was queued. What was given up on the way here is free now.
         loop.call_soon(function, argument, context=context)
+    except TypeError:
+        # In debug mode asyncio refuses coroutine functions, and takes a marked one for such.
+        if not isinstance(getattr(function, "__func__", function), Launcher):
+            raise
+        loop.call_soon(MethodType(call_with, function), argument, context=context)
     return 0
+
+
+def call_with(function, argument):
+    function(argument)
 
 
 @cython.final

@@ -867,6 +867,15 @@ def _call_soon(
     except MemoryError:
         # Then nothing was queued. What was given up on the way here is free now.
         loop.call_soon(function, argument, context=context)
+    except TypeError:
+        # In debug mode asyncio refuses coroutine functions, and takes a marked one for such.
+        if not isinstance(getattr(function, "__func__", function), Launcher):
+            raise
+        loop.call_soon(MethodType(_call_with, function), argument, context=context)
+
+
+def _call_with(function: Callable[[Any], object], argument: object) -> None:
+    function(argument)
 
 
 @final

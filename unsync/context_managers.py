@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast, final
 
 from unsync import _common
-from unsync._backend import Unfuture, in_home_thread, when_done
+from unsync._backend import Launcher, Unfuture, in_home_thread, when_done
 
 __all__ = ["AmbientContextManager", "start"]
 
@@ -177,7 +177,8 @@ class AmbientContextManager(Generic[T]):
     function, is then such a block. One that a call of a marked function gave is made anew for each.
 
     :param manager: what to enter.
-    :raises TypeError: if `manager` is no async context manager.
+    :raises TypeError: if `manager` is no async context manager; if it is to decorate a function
+        that is marked already.
     """
 
     __slots__ = ("__weakref__", "_free", "_hosts", "_make_again", "_manager")
@@ -198,6 +199,11 @@ class AmbientContextManager(Generic[T]):
 
     def __call__(self, func: F) -> F:
         function: Callable[..., Any] = func
+        if isinstance(function, Launcher):
+            raise TypeError(
+                f"the block would be left before the calls of {function!r} have ended: let @unsync "
+                "stand above the context manager"
+            )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)

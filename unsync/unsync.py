@@ -16,7 +16,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -663,10 +663,18 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                 "make values ahead"
             )
         super().__init__(function, route, binding)
+        attributes = _Attributes()
+        object.__setattr__(self, "__dict__", attributes)
         functools.update_wrapper(self, function)
         self._marking = func, cpu_bound, executor, read_ahead
         # For fan-out; after what the function may have brought of another one.
         self._gives, self._goes_to = gives, route
+        if gives == "Unfuture" and route is None:
+            _mark_as_awaited(self)
+        # A subclass may have its own way to be called.
+        if type(self).__call__ is Launcher.__call__:
+            call = _AwaitedCall if gives == "Unfuture" else _Call
+            attributes["__call__"] = call(function, route)
 
     def __getattr__(self, name: str) -> Any:
         if name == "__annotations__":
@@ -687,6 +695,85 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
 
             raise pickle.PicklingError(f"cannot pickle {self!r}: it has no name to be found by")
         return name
+
+
+class _Attributes(dict[str, Any]):
+    """The attributes of a marked function, without our own for whoever copies them.
+
+    `functools.wraps` does, for a function around the marked one, which may well wait for the result
+    itself, and is called itself.
+    """
+
+    def keys(self) -> Any:
+        return super().keys() - _OURS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+
+class _Call(Launcher[P, T]):
+    """Returns at once; the function runs elsewhere."""
+
+    # What `marked.__call__` is: it does the same, and tells of itself what a method cannot. Those
+    # who are to call something that is no function look there: mock and Celery for its arguments,
+    # Jupyter for the docstring, FastAPI, Starlette, tenacity and asgiref for whether they are to
+    # await what it gives.
+    #
+    # It is a launcher of its own: one that knew the marked function would make a circle with it,
+    # and that would have to wait for the garbage collector.
+
+    __slots__ = ("__wrapped__",)
+
+    def __init__(self, function: Callable[..., Any], route: Route | None) -> None:
+        super().__init__(function, route)
+        self.__wrapped__ = function
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        function = self.__wrapped__
+        if isinstance(function, types.FunctionType):
+            _, _, name = function.__qualname__.rpartition("<locals>.")
+            if "." in name:  # a method: mock takes it from its class, and leaves the first one away
+                function = _take_anything
+        return inspect.signature(function)
+
+
+def _take_anything(*args: Any, **kwargs: Any) -> None: ...
+
+
+async def _coroutine_function() -> None: ...
+
+
+class _AwaitedCall(_Call[P, T]):
+    """Returns an `Unfuture` at once: `.result()` waits for it in a thread, `await` in any loop."""
+
+    # Marked for thread and process functions, too, which are not marked themselves: FastAPI took
+    # what these refuse for granted, where they were dependencies.
+
+    __slots__ = ()
+
+    if sys.version_info < (3, 12):
+        # inspect knows no mark yet. What has these is a function to it, and so to tenacity.
+        __name__ = "__call__"
+        __code__ = _coroutine_function.__code__
+        __defaults__ = None
+        __kwdefaults__ = None
+
+
+def _mark_as_awaited(called: Any) -> Any:
+    """Says so to those who decide before a call whether they are to await what it gives."""
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(called)
+    else:
+        called._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
+    return called
+
+
+_mark_as_awaited(_AwaitedCall)
+
+# What the marks are called, inspect and asyncio alone know.
+_OURS = {"__call__", "_came_by_value", "_gives", "_goes_to", "_marking"}
+_OURS |= vars(_mark_as_awaited(lambda: None)).keys()
 
 
 def _is_for_cloudpickle(caller: types.FrameType) -> bool:
@@ -852,6 +939,9 @@ def _is_made_by_contextlib(function: Callable[..., Any]) -> bool:
 
 
 def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+    called: Any = _below_partials(function)
+    if isinstance(getattr(called, "__func__", called), Launcher):
+        return False  # though it says so to others, what it gives is an Unfuture
     if _is_kind(inspect.iscoroutinefunction, function):
         return True
     function = _below_partials(function)

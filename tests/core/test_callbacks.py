@@ -430,6 +430,58 @@ def test_one_that_raises_in_a_loop_is_logged_and_stops_no_other(
 
 @pytest.mark.alone
 @pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("where", ["ambient", "foreign"])
+def test_a_marked_coroutine_function_can_be_a_callback(where: str, debug: bool) -> None:
+    """asyncio's debug mode refuses coroutine functions, since nobody would run what they give."""
+    called: list[int] = []
+    all_called: Unfuture[None] = Unfuture()
+
+    @unsync
+    async def note(unfuture: Unfuture[int]) -> None:
+        called.append(await unfuture)
+        if len(called) == 3:
+            all_called.set_result(None)
+
+    class Host:
+        @unsync
+        async def note(self, unfuture: Unfuture[int]) -> None:
+            await note(unfuture)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        before = loop.get_debug()
+        loop.set_debug(debug)
+        try:
+            unfuture: Unfuture[int] = Unfuture()
+            unfuture.add_done_callback(note)
+            unfuture.add_done_callback(Host().note)
+            unfuture.set_result(1)
+            unfuture.add_done_callback(note)
+            await asyncio.wait_for(all_called, PATIENCE)
+        finally:
+            loop.set_debug(before)
+
+    if where == "ambient":
+        Unfuture(main()).result(2 * PATIENCE)
+    else:
+        asyncio.run(main())
+    assert called == [1, 1, 1]
+
+
+def test_a_plain_coroutine_function_cannot_be_a_callback_in_debug_mode(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def plain(_: object) -> None: ...
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_debug(True)
+        Unfuture.from_value(1).add_done_callback(plain)
+
+    asyncio.run(main())
+    assert "coroutines cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("finisher", ["thread", "loop"])
 def test_the_loops_exception_handler_hears_of_one_that_raises(
     finisher: str, debug: bool, loop: asyncio.AbstractEventLoop

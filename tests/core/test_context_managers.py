@@ -646,6 +646,31 @@ def test_it_decorates_functions_and_coroutine_functions() -> None:
         notes.clear()
 
 
+@pytest.mark.parametrize("kind", ["coroutine", "regular"])
+def test_it_does_not_decorate_marked_functions(kind: str) -> None:
+    """Their calls go on when the block has been left; the other way round all is well."""
+    inside: list[bool] = []
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def entered() -> AsyncIterator[None]:
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    def regular() -> bool:
+        return inside[-1]
+
+    async def coroutine() -> bool:
+        await asyncio.sleep(0)
+        return inside[-1]
+
+    function: Callable[[], Any] = regular if kind == "regular" else coroutine
+    with pytest.raises(TypeError, match="let @unsync stand above"):
+        entered()(unsync(function))
+    assert unsync(entered()(function))().result(PATIENCE) is True
+
+
 def test_as_a_decorator_it_hears_of_failures_and_calls_may_overlap() -> None:
     note = Note(suppress=True)
     both_are_in = threading.Barrier(2)

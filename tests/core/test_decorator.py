@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import functools
+import gc
 import inspect
 import itertools
 import logging
@@ -16,7 +18,8 @@ import pickle
 import sys
 import threading
 import types
-from collections.abc import Callable, Coroutine, Generator, Iterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
@@ -382,9 +385,164 @@ def test_it_can_be_annotated_with_its_types() -> None:
     assert unsync[[int], str] is not None  # type: ignore[index]
 
 
-def test_it_is_no_coroutine_function_itself() -> None:
-    """Frameworks that ask would await a coroutine; a call gives an Unfuture, at once."""
-    assert not inspect.iscoroutinefunction(unsync(async_where))
+# What frameworks ask before they call: whether they are to await what that gives. Before Python
+# 3.12 asyncio alone knows a mark for it.
+is_marked_as_awaited: Callable[[object], bool] = (
+    inspect.iscoroutinefunction if sys.version_info >= (3, 12) else asyncio.iscoroutinefunction
+)
+
+
+class WithAsyncMethods:
+    @unsync
+    async def regular(self) -> object:
+        return self
+
+    @unsync
+    @classmethod
+    async def above(cls) -> object:
+        return cls
+
+    @staticmethod
+    @unsync
+    async def below() -> object:
+        return None
+
+
+class AsyncCallable:
+    async def __call__(self) -> None: ...
+
+
+def values() -> Generator[int, None, None]:
+    yield 1
+
+
+async def async_values() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        unsync(async_where),
+        unsync(functools.partial(async_where, 1)),
+        unsync(AsyncCallable()),
+        WithAsyncMethods.regular,
+        WithAsyncMethods().regular,
+        WithAsyncMethods().above,
+        WithAsyncMethods().below,
+    ],
+)
+def test_a_coroutine_function_says_that_it_is_awaited(marked: object) -> None:
+    assert is_marked_as_awaited(marked)
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        unsync(where),
+        unsync(where, cpu_bound=True),
+        unsync(where, executor=Inline()),
+        unsync(values),
+        unsync(async_values),
+        unsync(contextlib.asynccontextmanager(async_values)),
+        unsync(unsync(async_where)),
+        unsync(WithAsyncMethods().regular),
+    ],
+)
+def test_others_do_not(marked: object) -> None:
+    assert not is_marked_as_awaited(marked)
+
+
+@pytest.mark.parametrize(
+    ("function", "awaited"),
+    [
+        (where, True),
+        (functools.partial(where, 1), True),
+        (async_where, True),
+        (len, True),
+        (values, False),
+        (async_values, False),
+        (contextlib.asynccontextmanager(async_values), False),
+    ],
+)
+def test_its_dunder_call_says_whether_what_it_gives_is_awaited(
+    function: Callable[..., Any], awaited: bool
+) -> None:
+    """Some frameworks look there: of thread and process functions it is the only mark."""
+    dunder: Any = unsync(function).__call__  # type: ignore[call-overload, operator]
+    assert is_marked_as_awaited(dunder) is awaited
+    assert inspect.signature(dunder) == inspect.signature(function)
+    assert isinstance(dunder.__module__, str)
+
+
+def test_the_dunder_call_of_a_method_takes_anything() -> None:
+    """A mock of the class calls it without the first argument, and that of a function with it."""
+
+    class Host:
+        @unsync
+        def method(self, value: int) -> int:
+            return value
+
+        @unsync
+        @staticmethod
+        def static(value: int) -> int:
+            return value
+
+    for method in Host.method, Host.static:
+        assert list(inspect.signature(method.__call__).parameters) == ["args", "kwargs"]
+
+    @unsync
+    def function(value: int) -> int:
+        return value
+
+    assert list(inspect.signature(function.__call__).parameters) == ["value"]
+
+
+@pytest.mark.parametrize("function", [where, async_where])
+def test_a_wrapper_takes_over_the_functions_attributes_and_not_ours(
+    function: Callable[..., Any],
+) -> None:
+    """It may wait for the result; and it is called itself, not what is in it."""
+    marked = unsync(function)
+    marked.tag = 1
+
+    @functools.wraps(marked)
+    def wrapper() -> object:
+        return marked("inside").result(PATIENCE)[0]
+
+    assert vars(wrapper).keys() - {*functools.WRAPPER_ASSIGNMENTS} == {"tag", "__wrapped__"}
+    assert not is_marked_as_awaited(wrapper)
+    assert not is_marked_as_awaited(wrapper.__call__)
+    assert wrapper.__call__() == "inside"
+    again = unsync(wrapper)
+    assert not is_marked_as_awaited(again)
+    assert again().result(PATIENCE) == "inside"
+    assert vars(marked)["tag"] == 1
+
+
+@pytest.mark.parametrize("function", [where, async_where])
+def test_a_marked_function_that_is_marked_again_runs_in_a_thread(
+    function: Callable[..., Any],
+) -> None:
+    inner = unsync(unsync(function))("value").result(PATIENCE)
+    assert isinstance(inner, Unfuture)
+    assert inner.result(PATIENCE)[0] == "value"
+
+
+@pytest.mark.skipif(not hasattr(sys, "getrefcount"), reason="nothing is freed at once")
+@pytest.mark.parametrize("function", [where, async_where])
+def test_a_marked_function_is_freed_without_the_garbage_collector(
+    function: Callable[..., Any],
+) -> None:
+    was_at_work = gc.isenabled()
+    gc.disable()
+    try:
+        marked = unsync(function)
+        gone = weakref.ref(marked)
+        del marked
+        assert gone() is None
+    finally:
+        (gc.enable if was_at_work else gc.disable)()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
