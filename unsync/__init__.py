@@ -47,12 +47,14 @@ if not TYPE_CHECKING:  # which would take any name for one that is there
 
     def __getattr__(name: str) -> object:
         if name == "__version__":
-            # Not at import: finding it takes longer than everything else.
-            from importlib.metadata import PackageNotFoundError, version
-
+            # Not at import: finding it takes longer than everything else. There is none where
+            # nothing was installed, as in a frozen program or a zip file, or something is left of
+            # it, which Python 3.15 tells by other exceptions.
             try:
-                return version("unsync")
-            except PackageNotFoundError:  # in a frozen program or a zip file, say
+                from importlib.metadata import version
+
+                return version("unsync") or "unknown"
+            except (ImportError, OSError, LookupError):
                 return "unknown"
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

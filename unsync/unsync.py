@@ -88,6 +88,10 @@ class _Threads:
                 self._use(_engine("unsync.thread_executor", engine))
                 self._is_ours = False
 
+    @property
+    def assigned(self) -> concurrent.futures.Executor | executors.Given | None:
+        return None if self._is_ours else self._executor
+
     def _was_shut_down(self) -> bool:
         """Whether the default executor was, by whoever used it: `with`, say."""
         return self._is_ours and not _common.exiting and getattr(self._executor, "_shutdown", False)
@@ -131,26 +135,26 @@ class _Processes:
 
     def __init__(self) -> None:
         self.pool = executors.ProcessPool(_before_processes_end)
-        self._assigned: concurrent.futures.Executor | executors.Given | None = None
+        self.assigned: concurrent.futures.Executor | executors.Given | None = None
         self.route = Route(self.pool.submit)
 
     @property
     def executor(self) -> concurrent.futures.Executor:
-        assigned = self._assigned
+        assigned = self.assigned
         return self.pool.executor if assigned is None else _executor_of(assigned)
 
     @executor.setter
     def executor(self, engine: Engine | None) -> None:
         if engine is None:
-            self._assigned = None
+            self.assigned = None
             self.route.submit = self.pool.submit
         else:
-            self._assigned = _engine("unsync.process_executor", engine)
-            self.route.submit = executors.way_into(self._assigned)
+            self.assigned = _engine("unsync.process_executor", engine)
+            self.route.submit = executors.way_into(self.assigned)
 
 
 def _engine(what: str, engine: Engine) -> concurrent.futures.Executor | executors.Given:
-    if isinstance(engine, concurrent.futures.Executor):
+    if isinstance(engine, concurrent.futures.Executor | executors.Given):
         return engine
     if callable(engine):
         return executors.Given(what, engine)
@@ -359,12 +363,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_import_before_fork)  # the last one is called first
 
 
+def _assigned() -> dict[str, object]:
+    """The settings that somebody assigned, as they can be assigned again."""
+    settings: dict[str, object] = {
+        "loop_factory": _ambient.loop_factory,
+        "process_executor": _processes.assigned,
+        "thread_executor": _threads.assigned,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 class _Settings(type):
     """What is set on the class `unsync` itself, for all functions it marks.
 
     Deleting a setting brings its default back, so that tests can patch it. One that nobody knows is
     an AttributeError.
     """
+
+    @property  # type: ignore[misc]
+    def __dict__(cls) -> Any:  # type: ignore[override]
+        """With the settings that were assigned.
+
+        mock and pytest's monkeypatch, which replace one for a while, look here for what is to come
+        back, and delete what was not here.
+        """
+        own: Any = type.__dict__["__dict__"].__get__(cls)
+        if cls.__module__ != __name__:
+            return own
+        return types.MappingProxyType({**own, **_assigned()})
 
     def __dir__(cls) -> list[str]:
         return sorted({*super().__dir__(), *(name for name in vars(_Settings) if name[0] != "_")})

@@ -249,6 +249,58 @@ def test_a_test_may_patch_a_setting_which_brings_its_default_back(name: str, by:
     assert executor.count == 1
 
 
+@pytest.mark.parametrize("name", ["thread_executor", "process_executor"])
+@pytest.mark.parametrize("by", ["mock", "monkeypatch", "deleting"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_setting_that_is_patched_comes_back_as_it_was_assigned(
+    name: str, by: str, given: bool
+) -> None:
+    """One that is given by a callable, too, and is not asked for again."""
+    marked = add if name == "thread_executor" else get_pid
+    arguments = (1, 2) if name == "thread_executor" else ()
+    made: list[Inline] = []
+
+    def make() -> Inline:
+        made.append(Inline())
+        return made[-1]
+
+    setattr(unsync, name, make if given else make())
+    marked(*arguments).result(PATIENCE)
+    other = Inline()
+    if by == "mock":
+        with mock.patch.object(unsync, name, other):
+            marked(*arguments).result(PATIENCE)
+            with mock.patch.object(unsync, name, Inline()):
+                marked(*arguments).result(PATIENCE)
+            assert getattr(unsync, name) is other
+            marked(*arguments).result(PATIENCE)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            if by == "deleting":
+                patch.delattr(unsync, name)
+                assert getattr(unsync, name) is not made[0]
+            patch.setattr(unsync, name, other)
+            marked(*arguments).result(PATIENCE)
+            marked(*arguments).result(PATIENCE)
+    assert other.count == 2
+    assert getattr(unsync, name) is made[0]
+    marked(*arguments).result(PATIENCE)
+    assert (len(made), made[0].count) == (1, 2)
+
+
+def test_the_attributes_of_the_class_are_its_own_and_what_was_assigned() -> None:
+    before = vars(unsync)
+    assert not before.keys() & {"thread_executor", "process_executor", "loop_factory"}
+    assert "shutdown" not in before
+    unsync.loop_factory = CustomLoop
+    assert dict(vars(unsync)) == {**before, "loop_factory": CustomLoop}
+
+    class Sub(unsync):  # type: ignore[misc, valid-type]
+        pass
+
+    assert "loop_factory" not in vars(Sub)
+
+
 def test_deleting_the_loop_factory_brings_the_default_back() -> None:
     unsync.loop_factory = CustomLoop
     del unsync.loop_factory

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import GenericAlias, ModuleType
 from typing import Any
 
@@ -439,4 +440,16 @@ def test_the_version_is_told_where_nothing_is_installed(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         importlib.metadata.Distribution, "discover", lambda *args, **kwargs: iter(())
     )
+    assert package.__version__ == "unknown"
+
+
+@pytest.mark.parametrize("metadata", [None, "", "Name: unsync\n"])
+def test_the_version_is_told_where_it_was_uninstalled_in_part(
+    metadata: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "unsync-1.dist-info"
+    folder.mkdir()
+    if metadata is not None:
+        (folder / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
     assert package.__version__ == "unknown"

@@ -50,11 +50,10 @@ def shared_state(module: types.ModuleType) -> dict[str, object]:
 
 def _settings() -> dict[str, object]:
     threads, processes = implementation._threads, implementation._processes
-    own = None if threads._executor is None or threads._is_ours else threads._executor
     return {
         "unsync.loop_factory": package.unsync.loop_factory,
-        "unsync.thread_executor": own,
-        "unsync.process_executor": processes._assigned,
+        "unsync.thread_executor": threads.assigned,
+        "unsync.process_executor": processes.assigned,
     }
 
 

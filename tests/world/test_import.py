@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import textwrap
 import typing
+import zipapp
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -240,3 +244,34 @@ def test_a_fork_waits_for_a_thread_that_imports(run_python: RunPython) -> None:
         "ignore:This process:DeprecationWarning",
     )
     assert (run.stdout, run.stderr) == ("0\n", "")
+
+
+def test_a_zip_application_runs_and_has_a_version(tmp_path: Path) -> None:
+    """A zip file holds no extension and no metadata, so it is the fallback, of unknown version."""
+    folder = tmp_path / "app"
+    sources = Path(package.__file__).parent
+    shutil.copytree(
+        sources, folder / "unsync", ignore=shutil.ignore_patterns("_core.*", "__pycache__")
+    )
+    (folder / "__main__.py").write_text(
+        textwrap.dedent(
+            """
+            import unsync
+
+            @unsync.unsync
+            async def add(number):
+                return number + 1
+
+            @unsync.unsync
+            def values():
+                yield 1
+
+            print(unsync.__version__, unsync.ACCELERATED, add(1).result(), list(values()))
+            """
+        )
+    )
+    zipapp.create_archive(folder, tmp_path / "app.pyz")
+    # Without site-packages, where unsync may be installed.
+    command = [sys.executable, "-I", "-S", "-W", "error", str(tmp_path / "app.pyz")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (run.stdout, run.stderr) == ("unknown False 2 [1]\n", "")
