@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from time import monotonic
 from typing import Any
 
 from unsync._backend import Mailbox, Unfuture, set_home
@@ -23,6 +22,7 @@ from unsync._common import (
     Making,
     check_threads,
     logger,
+    monotonic,
     outcome_of_asyncio,
     take,
 )

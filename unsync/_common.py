@@ -16,12 +16,12 @@ import os
 import queue
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, MutableSequence
 from contextlib import suppress
 from contextvars import Context
-from time import monotonic
 from types import CoroutineType, FrameType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from weakref import WeakSet
@@ -58,6 +58,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 logger = logging.getLogger("unsync")
+
+# In a test that freezes time freezegun replaces, in each module, what is `time.monotonic`. This is
+# not: what waits here ends in real time, as it does in the standard library's locks.
+monotonic: Callable[[], float] = functools.partial(time.monotonic)
 
 # What the cores count of the work in one place: started, finished, failed, cancelled, pending.
 WorkCounts = tuple[int, int, int, int, int]

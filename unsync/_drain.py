@@ -17,12 +17,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from contextvars import Context, ContextVar
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from unsync import _common, executors
 from unsync._backend import name_of_call, waiting_upon, watch_calls, when_told
-from unsync._common import LOOK_AGAIN_SECONDS, Latch
+from unsync._common import LOOK_AGAIN_SECONDS, Latch, monotonic
 
 if TYPE_CHECKING:
     from unsync._backend import Mailbox, Unfuture

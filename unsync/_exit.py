@@ -18,12 +18,18 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import suppress
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from unsync import _common, executors
 from unsync._backend import Unfuture, name_of_call, take_unseen
-from unsync._common import FAILED, FINISHED, is_of_the_exit, log_unseen_failure, logger
+from unsync._common import (
+    FAILED,
+    FINISHED,
+    is_of_the_exit,
+    log_unseen_failure,
+    logger,
+    monotonic,
+)
 from unsync._drain import Drain, summary
 
 if TYPE_CHECKING:

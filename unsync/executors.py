@@ -13,13 +13,13 @@ from concurrent.futures.thread import BrokenThreadPool
 from contextlib import suppress
 from contextvars import copy_context
 from functools import lru_cache, partial
-from time import monotonic, sleep
+from time import sleep
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from unsync import _common, _travel
 from unsync._backend import Batch, Counter, JobQueue, Unfuture, tell_watcher
-from unsync._common import WorkCounts
+from unsync._common import WorkCounts, monotonic
 from unsync._counts import Book
 
 __all__ = ["Engine", "Given", "ProcessPool", "ThreadExecutor", "submit_to", "way_into"]

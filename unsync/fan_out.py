@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
@@ -415,7 +414,7 @@ class _Pace:
 
     def note(self) -> None:
         """One has come, says the thread that brought it."""
-        now = time.monotonic()
+        now = _common.monotonic()
         _common.take(self.left)
         self.gap = abs(now - self.last)
         self.last = now
@@ -429,7 +428,7 @@ class _Pace:
     def linger(self) -> None:
         """Waits until several have come, or a little while, if they come quickly."""
         wanted = _together(len(self.left))
-        quickly = self.gap < _QUICK and time.monotonic() - self.last < _QUICK
+        quickly = self.gap < _QUICK and _common.monotonic() - self.last < _QUICK
         if self.lull is not None or wanted == 1 or not quickly:
             return
         lull = threading.Lock()
@@ -796,14 +795,14 @@ class _Outlet(_Channel[T]):
         while isinstance(found := self.refill(self.lingers), Unfuture):
             # Whoever waits alone is the only one who can have set it to more than one.
             timeout = _LINGER if self.wanted > 1 else None
-            began = time.monotonic()
+            began = _common.monotonic()
             try:
                 self.wait_for(found, timeout)
             except TimeoutError:
                 self.lingers = len(self.came) > 1
             else:
                 if timeout is None:
-                    is_quick = time.monotonic() - began < _QUICK
+                    is_quick = _common.monotonic() - began < _QUICK
                     self.lingers = is_quick and self.target.route is not None
         return found
 

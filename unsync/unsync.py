@@ -17,7 +17,6 @@ import threading
 import types
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import unsync as package
@@ -33,6 +32,7 @@ from unsync._backend import (
     Unfuture,
     after_fork,
 )
+from unsync._common import monotonic
 from unsync.executors import Engine
 
 if TYPE_CHECKING:
@@ -366,6 +366,7 @@ if hasattr(os, "register_at_fork"):
 def _assigned() -> dict[str, object]:
     """The settings that somebody assigned, as they can be assigned again."""
     settings: dict[str, object] = {
+        "exit_timeout": _exit_timeout,
         "loop_factory": _ambient.loop_factory,
         "process_executor": _processes.assigned,
         "thread_executor": _threads.assigned,

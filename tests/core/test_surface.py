@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -453,3 +454,14 @@ def test_the_version_is_told_where_it_was_uninstalled_in_part(
         (folder / "METADATA").write_text(metadata)
     monkeypatch.syspath_prepend(tmp_path)
     assert package.__version__ == "unknown"
+
+
+def test_no_module_shows_the_clock_that_waits_go_by() -> None:
+    """freezegun would replace it wherever it is shown, and then no time would pass."""
+    for name in ("_ambient", "_common", "executors", "fan_out", "streams", "unsync"):
+        importlib.import_module(f"unsync.{name}")
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("unsync.")}
+    assert {_backend._core.__name__, "unsync.fan_out"} <= modules.keys()
+    for module in modules.values():
+        shown = [name for name in dir(module) if getattr(module, name, None) is time.monotonic]
+        assert not shown, module

@@ -314,6 +314,21 @@ def test_a_task_group_around_unfutures(where: str) -> None:
 
 
 @everywhere
+def test_a_task_group_makes_no_task_of_an_unfuture(where: str) -> None:
+    """Nor of an asyncio future: docs/compatibility.md says what to write."""
+
+    async def main() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(blocking(1))  # type: ignore[arg-type]
+
+    with pytest.raises(Exception, match="unhandled errors") as caught:
+        run_in(where, main())
+    (error,) = getattr(caught.value, "exceptions", ())
+    assert isinstance(error, TypeError)
+    assert "a coroutine was expected, got <Unfuture" in str(error)
+
+
+@everywhere
 def test_a_task_group_that_fails_cancels_the_calls_it_waits_for(where: str) -> None:
     ended: list[BaseException] = []
     begun: Unfuture[None] = Unfuture()
@@ -573,3 +588,51 @@ def test_nest_asyncios_inner_runs_hear_of_everything(
     """
     done = run_python(program)
     assert (done.stdout, done.stderr) == ("(4.0, 4.0)\n", "")
+
+
+# freezegun.
+
+
+def test_timeouts_are_in_real_time_though_a_test_has_frozen_it(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """It replaces `time.monotonic` in each module that has it, from whose view no time passes."""
+    skip_without("freezegun")
+    program = f"""
+        import threading
+        from freezegun import freeze_time
+        from unsync import Unfuture, unsync
+
+        @unsync
+        def function():
+            return 1
+
+        gate = threading.Event()
+
+        @unsync
+        def wait():
+            gate.wait({PATIENCE})
+
+        @unsync
+        async def coroutine():
+            return 2
+
+        @unsync
+        def values():
+            yield 3
+
+        with freeze_time("2012-01-14"):
+            print(function().result({PATIENCE}), coroutine().result({PATIENCE}), *values())
+            for ask in Unfuture().result, Unfuture().exception:
+                try:
+                    ask(0.01)
+                except TimeoutError:
+                    print("timeout")
+            wait()
+            print(unsync.shutdown(0.01))
+            gate.set()
+            print(coroutine().result({PATIENCE}))
+            print(unsync.shutdown({PATIENCE}))
+    """
+    done = run_python(program)
+    assert (done.stdout, done.stderr) == ("1 2 3\ntimeout\ntimeout\nFalse\n2\nTrue\n", "")

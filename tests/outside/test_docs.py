@@ -104,13 +104,13 @@ def test_each_command_that_is_shown_is_known() -> None:
 
 @once
 def test_the_tests_that_are_shown_pass(tmp_path: Path) -> None:
-    skip_without("anyio", "hypothesis", "pytest_asyncio")
+    skip_without("anyio", "freezegun", "hypothesis", "pytest_asyncio", "time_machine")
     shown = [
         block
         for block in BLOCK.findall((ROOT / "docs" / "how-to" / "testing.md").read_text())
         if block.startswith("# test_")
     ]
-    assert len(shown) == 5
+    assert len(shown) == 6
     for block in shown:
         (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(patient(block))
     run = subprocess.run(
@@ -120,7 +120,7 @@ def test_the_tests_that_are_shown_pass(tmp_path: Path) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "5 passed" in run.stdout
+    assert "7 passed" in run.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
