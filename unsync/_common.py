@@ -384,10 +384,13 @@ def hint_at_map(failure: BaseException) -> BaseException:
 
     In upstream unsync 1.4 `then` is what `map` is here.
     """
-    if type(failure) in (TypeError, AttributeError) and "Unfuture" in str(failure):
-        failure.add_note(
-            "then() gives the function the finished Unfuture; map() would give it its result"
-        )
+    if type(failure) in (TypeError, AttributeError):
+        # That of Python itself. `str(failure)` may be anybody's code.
+        text = failure.args[0] if failure.args else None
+        if type(text) is str and "Unfuture" in text and not hasattr(failure, "__notes__"):
+            failure.add_note(
+                "then() gives the function the finished Unfuture; map() would give it its result"
+            )
     return failure
 
 

@@ -1759,6 +1759,8 @@ cdef Unfuture pass_on(Unfuture source, Unfuture target):
         status = CANCELLED
     failure = None
     try:
+        if target._got_unfuture and status == FAILED:
+            hint_at_map(source._outcome)
         chain = target.claim(status, source._outcome, ANY)
     except BaseException as exc:
         # A Ctrl-C, or there is no memory. Nobody else would finish it.
@@ -2052,6 +2054,8 @@ cdef class Unfuture(_Item):
     cdef unsigned char _unseen
     # What `_source` is.
     cdef unsigned char _kind
+    # Whether it waits for what the function of a `then` returned, which got an Unfuture.
+    cdef unsigned char _got_unfuture
     cdef unsigned int _generation
     # The result, the exception, or the message of a cancellation; before that see `_kind`.
     cdef object _outcome
@@ -2815,6 +2819,8 @@ cdef class Unfuture(_Item):
             self.complete(FINISHED, task_result(task), ANY)
         else:
             status, outcome = outcome_of_asyncio(task)
+            if self._got_unfuture and status == FAILED:
+                hint_at_map(outcome)
             self.complete(status, outcome, ANY)
         return 0
 
@@ -2870,6 +2876,7 @@ cdef class Unfuture(_Item):
                 former = self._outcome
                 self._source = coro
                 self._outcome = None
+                self._got_unfuture = self._kind == CONTINUATION
                 self._kind = COROUTINE
             unlock(self)
             if not goes_on:  # cancelled while the function ran, say
@@ -2896,6 +2903,7 @@ cdef class Unfuture(_Item):
             former = self._outcome
             self._source = other
             self._outcome = None
+            self._got_unfuture = self._kind == CONTINUATION
             self._kind = UNFUTURE
         elif self._status <= CANCELLED_AND_NOTIFIED:
             cancelled = True

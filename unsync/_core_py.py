@@ -661,7 +661,11 @@ class Mailbox:
             item._abandon()
 
     def _start(
-        self, unfuture: Unfuture[Any], coro: Coroutine[Any, Any, Any], context: Context
+        self,
+        unfuture: Unfuture[Any],
+        coro: Coroutine[Any, Any, Any],
+        context: Context,
+        got_unfuture: bool = False,
     ) -> None:
         """Starts `coro` as a task of this loop, in whose thread this is called."""
         loop = self._loop()
@@ -677,11 +681,15 @@ class Mailbox:
             self._count_ended(unfuture)
         else:
             if task.done():
+                if got_unfuture:
+                    _hint_at_map_if_failed(task)
                 unfuture._ended_at_once(task)
                 self._count_ended(unfuture)
             else:
                 self.live[task] = unfuture
                 unfuture._started(task)
+                if got_unfuture:
+                    task.add_done_callback(_hint_at_map_if_failed)
                 task.add_done_callback(partial(self._task_done, unfuture), context=context)
             del task
         finally:
@@ -692,6 +700,13 @@ class Mailbox:
         self.live.pop(task, None)
         unfuture._complete(*outcome_of_asyncio(task))
         self._count_ended(unfuture)
+
+
+def _hint_at_map_if_failed(task: asyncio.Task[Any]) -> None:
+    """Of a coroutine that a `then` called, before anybody hears of its failure."""
+    status, outcome = outcome_of_asyncio(task)
+    if status == FAILED:
+        hint_at_map(outcome)
 
 
 @final
@@ -1225,14 +1240,16 @@ class _Park(_Waiter):
 class _Follower(_Waiter):
     """Gives an Unfuture the outcome of the one it waits for."""
 
-    __slots__ = ("target",)
+    __slots__ = ("got_unfuture", "target")
 
-    def __init__(self, target: Unfuture[Any]) -> None:
+    def __init__(self, target: Unfuture[Any], got_unfuture: bool) -> None:
         self.target = target
+        # Whether it waits for what the function of a `then` returned.
+        self.got_unfuture = got_unfuture
 
     def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
         unfuture._seen = True
-        return _pass_on(unfuture, self.target)
+        return _pass_on(unfuture, self.target, self.got_unfuture)
 
 
 @final
@@ -1277,7 +1294,7 @@ class _Continuation(_Waiter):
         try:
             result = context.run(self.function, argument)
             # In here as well: nobody else would finish the target if this failed.
-            went_on = target._resolve(result, context, mailbox)
+            went_on = target._resolve(result, context, mailbox, not self.by_value)
         except asyncio.CancelledError as exc:
             target._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
@@ -1304,12 +1321,16 @@ class _Failed(_Waiter):
         raise self.failure
 
 
-def _pass_on(source: Unfuture[Any], target: Unfuture[Any]) -> Unfuture[Any] | None:
+def _pass_on(
+    source: Unfuture[Any], target: Unfuture[Any], got_unfuture: bool = False
+) -> Unfuture[Any] | None:
     """Gives `target` the same outcome; returns it if it has waiters to fire."""
     status, outcome = source._status, source._outcome
     if status == CANCELLED_AND_NOTIFIED:
         status = CANCELLED
     try:
+        if got_unfuture and status == FAILED:
+            hint_at_map(outcome)
         target._claim(_turn(status, outcome), None)
     except BaseException:
         target._tell_the_rest(False)
@@ -2247,18 +2268,20 @@ class Unfuture(_Future[T]):
     def _abandon(self) -> None:
         self._complete(CANCELLED, None)
 
-    def _resolve(self, result: Any, context: Context, mailbox: Mailbox) -> bool:
+    def _resolve(self, result: Any, context: Context, mailbox: Mailbox, got_unfuture: bool) -> bool:
         """In the ambient loop: finishes it with what a continuation returned, flattened.
 
         Returns whether that was a coroutine, which has its turn now.
+
+        :param got_unfuture: whether it is one of `then`, and not of `map`.
         """
         try:
             if type(result) in PLAIN_TYPES:
                 self._complete(FINISHED, result)
             elif isinstance(result, Unfuture):
-                self._follow(result)
+                self._follow(result, got_unfuture)
             elif is_asyncio_future(result):
-                self._follow(Unfuture(result))
+                self._follow(Unfuture(result), got_unfuture)
             elif is_awaitable(result):
                 coro = result if is_coroutine(result) else wait_for_awaitable(result)
                 if self._status == PENDING:
@@ -2267,7 +2290,7 @@ class Unfuture(_Future[T]):
                     self._forget_source()
                     close_unstarted(coro)
                     return False
-                mailbox._start(self, coro, context)
+                mailbox._start(self, coro, context, got_unfuture)
                 return True
             else:
                 self._complete(FINISHED, result)
@@ -2275,7 +2298,7 @@ class Unfuture(_Future[T]):
         finally:
             del self  # a failure's traceback may lead to this frame
 
-    def _follow(self, source: Unfuture[Any]) -> None:
+    def _follow(self, source: Unfuture[Any], got_unfuture: bool = False) -> None:
         if source is self:
             self._complete(FAILED, circle_error())
             return
@@ -2290,7 +2313,7 @@ class Unfuture(_Future[T]):
         if self._waiting and source._hangs_upon(self):
             self._complete(FAILED, circle_error())
         # In a circle, too: it will fail for the same reason, which is no news.
-        follower = _Follower(self)
+        follower = _Follower(self, got_unfuture)
         if not source._add_waiter(follower):
             _fire_all(source, False, follower)
 

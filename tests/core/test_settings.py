@@ -288,9 +288,21 @@ def test_a_setting_that_is_patched_comes_back_as_it_was_assigned(
     assert (len(made), made[0].count) == (1, 2)
 
 
+def test_a_number_that_is_patched_comes_back_as_it_was_assigned() -> None:
+    unsync.exit_timeout = 3
+    try:
+        with mock.patch.object(unsync, "exit_timeout", 5):
+            assert unsync.exit_timeout == 5
+        assert unsync.exit_timeout == 3
+    finally:
+        del unsync.exit_timeout
+    assert unsync.exit_timeout is None
+
+
 def test_the_attributes_of_the_class_are_its_own_and_what_was_assigned() -> None:
     before = vars(unsync)
-    assert not before.keys() & {"thread_executor", "process_executor", "loop_factory"}
+    settings = {"exit_timeout", "loop_factory", "process_executor", "thread_executor"}
+    assert not before.keys() & settings
     assert "shutdown" not in before
     unsync.loop_factory = CustomLoop
     assert dict(vars(unsync)) == {**before, "loop_factory": CustomLoop}

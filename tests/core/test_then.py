@@ -785,8 +785,38 @@ def test_the_work_ends_though_nobody_keeps_the_end_of_a_chain() -> None:
     wait_until(lambda: ended == [True])
 
 
+async def add_at_once(number: Any) -> Any:
+    return number + 1
+
+
+async def add_later(number: Any) -> Any:
+    await asyncio.sleep(0.001)
+    return number + 1
+
+
+class AddLater:
+    def __init__(self, number: Any) -> None:
+        self.number = number
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return add_later(self.number).__await__()
+
+
 @pytest.mark.parametrize(
-    "continuation", [len, int, lambda unfuture: unfuture + 1, lambda unfuture: unfuture.real]
+    "continuation",
+    [
+        len,
+        int,
+        lambda unfuture: unfuture + 1,
+        lambda unfuture: unfuture.real,
+        add_at_once,
+        add_later,
+        AddLater,
+        unsync(add_at_once),
+        unsync(add_later),
+        unsync(lambda unfuture: unfuture + 1),
+        lambda unfuture: unsync(add_later)(unfuture).future,
+    ],
 )
 def test_who_takes_the_unfuture_for_its_result_is_told_of_map(continuation: Any) -> None:
     exc = unsync(lambda: 20)().then(continuation).exception(PATIENCE)
@@ -801,5 +831,47 @@ def test_other_failures_have_no_such_note() -> None:
         raise TypeError("of another kind")
 
     call = unsync(lambda: 20)()
-    for failed in [call.then(fail), call.map(len), call.map(lambda _: len(Unfuture()))]:  # type: ignore[arg-type]
+
+    async def fail_later(_: object) -> None:
+        await asyncio.sleep(0)
+        fail(_)
+
+    for failed in [
+        call.then(fail),
+        call.then(fail_later),
+        call.then(unsync(fail_later)),
+        call.map(len),  # type: ignore[arg-type]
+        call.map(lambda _: len(Unfuture())),  # type: ignore[arg-type]
+        call.map(lambda _: add_at_once(Unfuture())),
+        call.map(lambda _: add_later(Unfuture())),
+        unsync(add_later)(Unfuture()),
+    ]:
         assert not hasattr(failed.exception(PATIENCE), "__notes__")
+
+
+def test_the_look_at_a_failure_runs_no_code_of_its_own() -> None:
+    class Odd:
+        def __str__(self) -> str:
+            raise AssertionError("asked")
+
+    failure = TypeError(Odd())
+
+    def fail(_: object) -> None:
+        raise failure
+
+    async def fail_later(_: object) -> None:
+        await asyncio.sleep(0)
+        fail(_)
+
+    call = unsync(lambda: 20)()
+    for failed in [call.then(fail), call.then(fail_later), call.then(unsync(fail))]:
+        assert failed.exception(PATIENCE) is failure
+
+
+def test_what_failed_twice_is_told_of_map_once() -> None:
+    call = unsync(lambda: 20)()
+    first = call.then(unsync(add_later))
+    exc = call.then(lambda _: first).exception(PATIENCE)
+    assert exc is first.exception(PATIENCE)
+    assert exc is not None
+    assert len(exc.__notes__) == 1
