@@ -33,6 +33,7 @@ __all__ = [
     "in_home_thread",
     "name_of_call",
     "set_home",
+    "show_to_collector",
     "take_unseen",
     "tell_watcher",
     "waiting_upon",
@@ -96,6 +97,7 @@ fill_batches = _core.fill_batches
 in_home_thread = _core.in_home_thread
 name_of_call = _core.name_of_call
 set_home = _core.set_home
+show_to_collector = _core.show_to_collector
 take_unseen = _core.take_unseen
 tell_watcher = _core.tell_watcher
 waiting_upon = _core.waiting_upon

@@ -1519,6 +1519,20 @@ def waiting_upon(Unfuture unfuture not None):
     return found
 
 
+def show_to_collector(list calls not None):
+    """Of a batch: calls that are on their way, and may be garbage nevertheless.
+
+    That is so where their executor has forgotten them. The garbage collector sees them anyway;
+    the compiled core keeps calls on their way from it.
+    """
+    cdef Unfuture unfuture
+    for unfuture in calls:
+        lock(unfuture)
+        track(unfuture)
+        unlock(unfuture)
+    track(calls)
+
+
 def take_unseen(Unfuture unfuture not None):
     """Its failure, if nobody has looked at that; from now on somebody has."""
     if load(&unfuture._status) != FAILED or not load(&unfuture._unseen):

@@ -141,6 +141,7 @@ __all__ = [
     "in_home_thread",
     "name_of_call",
     "set_home",
+    "show_to_collector",
     "take_unseen",
     "tell_watcher",
     "waiting_upon",
@@ -1021,6 +1022,14 @@ def waiting_upon(unfuture: Unfuture[Any]) -> list[Unfuture[Any]]:
     """Its continuations, and those that are to have its outcome."""
     waiters = list(unfuture._waiting)
     return [each.target for each in waiters if isinstance(each, (_Continuation, _Follower))]
+
+
+def show_to_collector(calls: list[Unfuture[Any]]) -> None:
+    """Of a batch: calls that are on their way, and may be garbage nevertheless.
+
+    That is so where their executor has forgotten them. The garbage collector sees them anyway;
+    the compiled core keeps calls on their way from it.
+    """
 
 
 def take_unseen(unfuture: Unfuture[Any]) -> BaseException | None:

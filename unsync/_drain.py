@@ -81,12 +81,14 @@ def after_fork() -> None:
 class Drain:
     """One wait for all that is pending; `with` it from the beginning to the end.
 
-    :param mailbox: the ambient loop's, if coroutines count that are pending at the beginning; None
-        if only functions do, and what they call.
+    :param mailbox: the ambient loop's, if it runs.
+    :param only_functions: only those count that are pending at the beginning, in threads and
+        processes, and what they call; not coroutines.
     """
 
-    def __init__(self, mailbox: Mailbox | None) -> None:
-        self._mailbox = mailbox
+    def __init__(self, mailbox: Mailbox | None, only_functions: bool = False) -> None:
+        self._mailbox = None if only_functions else mailbox
+        self._only_functions = only_functions
         # Written by any thread, each change in one step: all that counts, ended or not; and what of
         # it is still to be waited for, in the order it came.
         self._counted: dict[Unfuture[Any], None] = {}
@@ -106,7 +108,8 @@ class Drain:
             for queue in executors.open_queues():
                 for jobs in queue.pending():
                     self._count_all(jobs)
-            self._count_all(executors.calls_elsewhere())
+            executors.collect_forgotten_calls()
+            self._count_all(executors.calls_elsewhere(in_pools=self._only_functions))
             self._look_into_loop()
         except BaseException:
             self.__exit__()
@@ -145,7 +148,7 @@ class Drain:
         Where only functions count, what others call does not.
         """
         ends = job is not None or (source is not None and source.done())
-        return ends or self._mailbox is not None
+        return ends or not self._only_functions
 
     def _count(self, unfuture: Unfuture[Any]) -> None:
         if unfuture not in self._counted:
@@ -228,7 +231,7 @@ class Drain:
     def _at_hand(self) -> list[Unfuture[Any]]:
         """What some worker or other executor is not through with yet."""
         found = [job for queue in executors.open_queues() for job in queue.pending()[1]]
-        found += executors.calls_elsewhere()
+        found += executors.calls_elsewhere(in_pools=False)
         return [unfuture for unfuture in found if unfuture in self._counted]
 
     def pending(self) -> list[Unfuture[Any]]:

@@ -61,13 +61,18 @@ class End:
         """Waits for the functions that were accepted so far, and for what they call."""
         if self._gave_up:
             return
-        with Drain(None) as drain:
+        with Drain(None, only_functions=True) as drain:
             try:
                 if self._wait_for(drain):
                     return
             except KeyboardInterrupt:
                 pass
             self._give_up(drain.pending())
+
+    def finish_processes(self) -> None:
+        """The same, where `concurrent.futures` would end the pool next: it takes no more work."""
+        self.finish_functions()
+        self._pool.stop(_GRACE)
 
     def finish(self) -> None:
         """The rest: the threads of the program have ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import itertools
 import os
 import sys
@@ -18,7 +19,14 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from unsync import _common, _travel
-from unsync._backend import Batch, Counter, JobQueue, Unfuture, tell_watcher
+from unsync._backend import (
+    Batch,
+    Counter,
+    JobQueue,
+    Unfuture,
+    show_to_collector,
+    tell_watcher,
+)
 from unsync._common import WorkCounts, monotonic
 from unsync._counts import Book
 
@@ -414,39 +422,79 @@ def submit_to(
     if batch is not None:
         counter.start()
         batch.counter = counter
+        batch.in_pool = _is_pool(executor)  # type: ignore[attr-defined]
         return future  # type: ignore[return-value]  # it takes any future for its job
     counter.count(future)
     unfuture = Unfuture(future)
     unfuture._name_function(function)
     tell_watcher(unfuture)
-    note_elsewhere(future, [unfuture])
+    note_elsewhere(future, [unfuture], _is_pool(executor))
     return unfuture
 
 
-# What executors that are not ours have to do: the future, and the calls that end with it. By the
-# number of the future, since different ones are equal in some libraries.
-_elsewhere: dict[int, tuple[concurrent.futures.Future[Any], list[Unfuture[Any]]]] = {}
+class _Elsewhere:
+    """Calls that an executor has which is not ours: told of their end by its future.
+
+    Nobody else holds it. So calls whose executor has forgotten them, as those of tests may, are
+    waited for by nobody.
+
+    :param in_pool: whether threads or processes are at them which are sure to end them.
+    """
+
+    __slots__ = ("__weakref__", "calls", "in_pool")
+
+    def __init__(self, calls: list[Unfuture[Any]], in_pool: bool) -> None:
+        self.calls = calls
+        self.in_pool = in_pool
+
+    def __call__(self, future: object) -> None:
+        """The last to hear of it: all who wait for the calls have been told."""
+        _elsewhere.pop(id(self), None)
+        if when_back is not None:
+            for call in self.calls:
+                when_back(call)
 
 
-# Set by who drains: told of each of those calls when all who wait for it have been told.
+# All that are alive.
+_elsewhere: dict[int, weakref.ref[_Elsewhere]] = {}
+# Set by who drains: told of each of those calls.
 when_back: Callable[[Unfuture[Any]], object] | None = None
 
 
-def note_elsewhere(future: concurrent.futures.Future[Any], calls: list[Unfuture[Any]]) -> None:
-    """For who drains, from now on until all who wait for the calls have been told."""
-    _elsewhere[id(future)] = future, calls
-    future.add_done_callback(_is_back)
+def note_elsewhere(
+    future: concurrent.futures.Future[Any], calls: list[Unfuture[Any]], in_pool: bool
+) -> None:
+    """For who drains."""
+    elsewhere = _Elsewhere(calls, in_pool)
+    forget = partial(_elsewhere.pop, id(elsewhere))
+    _elsewhere[id(elsewhere)] = weakref.ref(elsewhere, forget)
+    future.add_done_callback(elsewhere)
 
 
-def _is_back(future: concurrent.futures.Future[Any]) -> None:
-    _, calls = _elsewhere.pop(id(future), (future, []))
-    if when_back is not None:
-        for call in calls:
-            when_back(call)
+def calls_elsewhere(in_pools: bool) -> list[Unfuture[Any]]:
+    """:param in_pools: only those that threads and processes are sure to end."""
+    found = [reference() for reference in list(_elsewhere.values())]
+    return [
+        call
+        for elsewhere in found
+        if elsewhere is not None and (elsewhere.in_pool or not in_pools)
+        for call in elsewhere.calls
+    ]
 
 
-def calls_elsewhere() -> list[Unfuture[Any]]:
-    return [call for _, calls in list(_elsewhere.values()) for call in calls]
+def collect_forgotten_calls() -> None:
+    """Those whose executors are not there any more."""
+    found = [reference() for reference in list(_elsewhere.values())]
+    for elsewhere in found:
+        if elsewhere is not None:
+            show_to_collector(elsewhere.calls)
+    if found:
+        del elsewhere, found
+        gc.collect()
+
+
+def _is_pool(executor: concurrent.futures.Executor) -> bool:
+    return isinstance(executor, concurrent.futures.ThreadPoolExecutor) or is_process_pool(executor)
 
 
 # Executors whose functions leave this process or interpreter, by name, since asking for their

@@ -269,13 +269,15 @@ def _failure(job: _Job, exc: BaseException) -> BaseException:
 class _Chunk(Batch):
     """Some calls as one job: called where its executor runs it, in this process or another."""
 
-    __slots__ = ("__weakref__", "dropped", "followed", "target", "unsent")
+    __slots__ = ("__weakref__", "dropped", "followed", "in_pool", "target", "unsent")
 
     def __init__(self, target: Target, items: list[Any]) -> None:
         super().__init__(target.name, items)
         self.target = target
         self.dropped = False
         self.followed = False
+        # Whether the executor, which is not ours, is a pool of threads or processes.
+        self.in_pool = False
         # Why calls could not travel, by their places.
         self.unsent: dict[int, Exception] = {}
 
@@ -302,7 +304,7 @@ class _Chunk(Batch):
         else:
             calls = self.calls
             job.add_done_callback(self.end)
-            executors.note_elsewhere(job, calls)
+            executors.note_elsewhere(job, calls, self.in_pool)
 
     def fail(self, job: _Job, exc: BaseException) -> None:
         failure = _failure(job, exc)

@@ -185,8 +185,8 @@ def _before_processes_end() -> None:
 
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
-        register(_finish_functions)
-    multiprocessing.util.Finalize(None, _finish_functions, exitpriority=100)
+        register(_finish_processes)
+    multiprocessing.util.Finalize(None, _finish_processes, exitpriority=100)
 
 
 _ambient = Ambient()
@@ -307,6 +307,10 @@ def _the_end() -> package._exit.End:
 
 def _finish_functions() -> None:
     _the_end().finish_functions()
+
+
+def _finish_processes() -> None:
+    _the_end().finish_processes()
 
 
 def _finish() -> None:

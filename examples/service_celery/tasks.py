@@ -85,6 +85,7 @@ def begin(**_: object) -> None:
 def end(**_: object) -> None:
     """In each process of the prefork pool, or the one with the threads, after the last task."""
     if _clients is not None:
+        unsync.drain(10)  # what tasks have called, and did not wait for
         disconnect().result(10)
         unsync.shutdown(10)
 

@@ -226,6 +226,8 @@ async def asgi(scope: Any, receive: Any, send: Any) -> None:
     await start()
     await send({"type": "lifespan.startup.complete"})
     await receive()
+    # What requests have called, and did not wait for.
+    await asyncio.to_thread(unsync.drain, 10)
     await stop()
     unsync.shutdown(10)
     await send({"type": "lifespan.shutdown.complete"})

@@ -7,6 +7,7 @@
 What blocks is a marked function: the handler awaits it, and it runs in a thread.
 """
 
+import asyncio
 import gc
 import os
 from collections.abc import AsyncIterator
@@ -45,6 +46,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gc.collect()
         gc.freeze()
         yield
+        # What requests have called, and did not wait for.
+        await asyncio.to_thread(unsync.drain, 10)
         await unsync(app.state.pool.close)()
         unsync.thread_executor = None
     unsync.shutdown(10)

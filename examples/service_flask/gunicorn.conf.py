@@ -16,5 +16,6 @@ def post_worker_init(worker: object) -> None:
 
 def worker_exit(server: object, worker: object) -> None:
     """In the worker, after its last request."""
+    unsync.drain(10)  # what requests have called, and did not wait for
     service.stop().result(10)
     unsync.shutdown(10)

@@ -371,6 +371,22 @@ def test_what_functions_hand_to_other_executors(draining: Callable[[], Draining]
     assert done == [1, 2, 3]
 
 
+class Forgetful(concurrent.futures.Executor):
+    """Which never does what it is given."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return concurrent.futures.Future()
+
+
+@pytest.mark.parametrize("in_chunks", [True, False])
+def test_not_for_what_an_executor_has_forgotten(in_chunks: bool) -> None:
+    marked = unsync(print, executor=Forgetful())
+    calls = unsync.calls(marked, range(20), chunksize=5) if in_chunks else [marked(1)]
+    assert unsync.drain(0.01) is False
+    del calls
+    assert unsync.drain(PATIENCE) is True
+
+
 def test_streams_that_functions_read() -> None:
     @unsync
     async def numbers() -> AsyncIterator[int]:

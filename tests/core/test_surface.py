@@ -37,6 +37,7 @@ FUNCTIONS = [
     "in_home_thread",
     "name_of_call",
     "set_home",
+    "show_to_collector",
     "take_unseen",
     "tell_watcher",
     "waiting_upon",
