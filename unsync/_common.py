@@ -21,7 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, MutableSequence
 from contextlib import suppress
-from contextvars import Context
+from contextvars import Context, ContextVar
 from types import CoroutineType, FrameType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from weakref import WeakSet
@@ -31,7 +31,30 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Protocol
 
-    from unsync._core_py import Unfuture
+    from unsync._core_py import JobQueue, Unfuture
+
+    class PoolWait(Protocol):
+        """What a thread is in while it waits, and may be a pool's: `interrupt()` ends the wait."""
+
+        def __call__(self, blocked: Any) -> AbstractContextManager[None]: ...
+
+        # What this thread is going to wait for, which tells its pool.
+        def event(self) -> threading.Event: ...
+
+    class Nesting(Protocol):
+        """Which jobs a queue's worker runs itself while it waits, where no other takes its place.
+
+        All of it is for the thread of that worker.
+        """
+
+        # Runs one that may run now, on top of the one that waits; whether there was one.
+        def run_one(self, jobs: JobQueue) -> bool: ...
+
+        # It begins to wait in a loop of its own, which is to run such jobs.
+        def wait_in(self, loop: asyncio.AbstractEventLoop, jobs: JobQueue) -> None: ...
+
+        # What it waits for in `concurrent.futures.wait()` and the like.
+        def event(self) -> threading.Event: ...
 
     class Watcher(Protocol):
         """What the cores tell of calls while somebody drains: see `_drain.py`."""
@@ -70,8 +93,9 @@ MailboxCounts = tuple[tuple[int, int, int, int, int, int, int], int, float]
 # Of a job queue: that, jobs in the line, workers, idle ones, ones that wait.
 QueueCounts = tuple[WorkCounts, int, int, int, int]
 
-# What a thread is in while it waits, and may be a pool's: told what ends the wait by `interrupt()`.
-PoolWait = Callable[[Any], "AbstractContextManager[None]"]
+# The innermost call of a `SingleThreadExecutor` to which the running code belongs, in whatever
+# thread or loop that runs. Coroutines, functions and continuations have it from who called them.
+nested_in: ContextVar[Any] = ContextVar("unsync_nested_in", default=None)
 
 # gevent and eventlet make greenlets of one thread out of all threads, by patching modules.
 
@@ -210,6 +234,14 @@ def exhausted_error(
     )
     error.__cause__ = failure  # why there is not one more thread
     return error
+
+
+def buried_error(unfuture: Unfuture[Any]) -> RuntimeError:
+    return RuntimeError(
+        f"{unfuture!r} would be waited for for ever: it hangs upon a call whose turn in this "
+        "thread comes after the call that waits, and that one has not made it; wait for it in a "
+        "coroutine, with 'await', or in a function that runs elsewhere"
+    )
 
 
 def interrupted_start_error(interrupt: BaseException) -> RuntimeError:
@@ -741,7 +773,7 @@ class WaiterList(list[Any]):
 
     def append(self, waiter: Any) -> None:
         if type(getattr(waiter, "event", None)) is threading.Event and not waiter.event.is_set():
-            waiter.event = _ToldEvent(self._pool_wait)
+            waiter.event = self._pool_wait.event()
         super().append(waiter)
 
 
@@ -836,7 +868,7 @@ def let_others_make() -> None:
         making.step_aside()
 
 
-class _ToldEvent(threading.Event):
+class ToldEvent(threading.Event):
     def __init__(self, pool_wait: PoolWait) -> None:
         super().__init__()
         self._pool_wait = pool_wait

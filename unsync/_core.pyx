@@ -51,9 +51,11 @@ from unsync._common import (
     CancelRequest,
     Latch,
     Making,
+    ToldEvent,
     Waiters,
     already_done_error,
     awaited_exception,
+    buried_error,
     cancelled_error,
     check_callable,
     check_context,
@@ -650,6 +652,23 @@ cdef class _Line:
             if self._first is None:
                 self._last = None
         return item
+
+    cdef inline bint take_out(self, _Item item):
+        """Whether it still stood there. The caller holds it."""
+        cdef _Item before = None, link = self._first
+        while link is not None and link is not item:
+            before = link
+            link = link.link
+        if link is None:
+            return False
+        if before is None:
+            self._first = item.link
+        else:
+            before.link = item.link
+        if self._last is item:
+            self._last = before
+        item.link = None
+        return True
 
 
 @cython.final
@@ -1382,7 +1401,7 @@ cdef class _Callback(_Item):
     cdef int begin_wait(self, Unfuture unfuture) except -1:
         self.worker = <_Worker>this_worker
         self.era = self.worker.era
-        self.worker.begin_wait(unfuture)
+        self.worker.begin_wait_in(self.loop, unfuture)
         return 0
 
     cdef int end_wait(self) except -1:
@@ -1662,7 +1681,7 @@ cdef class _Park(_Item):
         elif this_worker is not NULL:
             self.worker = <_Worker>this_worker
             self.era = self.worker.era
-            self.worker.begin_wait(self.unfuture)
+            self.worker.begin_wait_in(self.loop, self.unfuture)
 
     def remove_done_callback(self, function):
         cdef bint removed = self.unfuture.remove_waiter(self)
@@ -3665,6 +3684,8 @@ cdef class JobQueue(_Line):
     :param room: how many jobs may wait for a worker, or -1 for any number. Those that come from the
         queue's own workers are always let in: the workers might wait for them.
     :param patient: whether `submit` waits for room, where no event loop runs.
+    :param nesting: which jobs the worker runs itself while it waits, if there is but one and no
+        spare one.
     """
 
     cdef int _limit
@@ -3706,6 +3727,10 @@ cdef class JobQueue(_Line):
     cdef object _ended
     cdef long _room
     cdef bint _patient
+    cdef object _nesting
+    # Belongs to the section: what interrupts the worker's wait, where it runs jobs meanwhile, for
+    # it to look for one.
+    cdef object _bell
 
     def __cinit__(self):
         self._generation = _generation
@@ -3713,7 +3738,9 @@ cdef class JobQueue(_Line):
         self._door = _Line.__new__(_Line)
         self._ended = Latch()
 
-    def __init__(self, int limit, spawn, int spares=0, long room=-1, bint patient=False):
+    def __init__(
+        self, int limit, spawn, int spares=0, long room=-1, bint patient=False, nesting=None
+    ):
         cdef bint fresh
         lock(self)
         fresh = self._spawn is None
@@ -3723,6 +3750,7 @@ cdef class JobQueue(_Line):
             self._spawn = spawn
             self._room = room
             self._patient = patient
+            self._nesting = nesting
         unlock(self)
         if not fresh:
             raise set_up_error(self)
@@ -3970,6 +3998,105 @@ cdef class JobQueue(_Line):
         )
         unlock(self)
         return not at_work
+
+    # The worker of a queue that is given its `nesting` makes up for itself while it waits: it runs
+    # some of the jobs on top of the one that waits. Each has a worker of its own for that time, and
+    # so waits and is cancelled as any other. Who brings such a job rings afterwards; the worker
+    # first shows by what it can be woken, and then looks.
+
+    def listen(self, bell):
+        """For its worker: what `ring` interrupts from now on; gives what it did before."""
+        lock(self)
+        self._bell, bell = bell, self._bell
+        unlock(self)
+        return bell
+
+    def ring(self):
+        """In any thread: has the worker look for a job, if it waits."""
+        bell = None
+        lock(self)
+        bell = self._bell
+        unlock(self)
+        if type(bell) is _Blocked:
+            (<_Blocked>bell).interrupt()
+        elif bell is not None:
+            bell.interrupt()
+
+    def run_one(self):
+        """In its worker: runs one of the jobs that may run while it waits; whether it did."""
+        if not self.is_own_worker() or not (<_Worker>this_worker).waits:
+            return False
+        return self._nesting.run_one(self)
+
+    def run_within(self, Unfuture unfuture):
+        """In its worker, which waits: runs that job, or the first one; whether it was there."""
+        global this_worker
+        cdef PyObject *outer = this_worker
+        cdef _Worker worker = _Worker.__new__(_Worker)
+        cdef Unfuture job = unfuture
+        cdef bint begun = True, there = True
+        worker.queue = self
+        lock(self)
+        if unfuture is None:
+            job = <Unfuture>self.pop()
+            there = job is not None
+        else:
+            there = self.take_out(job)
+        if there:
+            self._taken += 1
+            self._queued -= 1
+            self._running += 1
+            worker.job = job
+        unlock(self)
+        if not there:
+            return False
+        bell = self.listen(None)
+        this_worker = <PyObject *>worker
+        try:
+            begun = job.work()
+        except BaseException as exc:
+            # As in `work`: somebody raised it in this thread from outside.
+            job.complete(FAILED, exc, ANY)
+            raise
+        finally:
+            if this_worker is <PyObject *>worker:  # not in the child of a fork
+                this_worker = outer
+            if worker.waits:
+                worker.end_all_waits()  # of a loop that was left
+            lock(self)
+            worker.job = None
+            self.count_ended(job, begun)
+            unlock(self)
+            self.listen(bell)
+        return True
+
+    cdef bint is_buried(self, Unfuture unfuture) except -1:
+        """Whether it hangs upon jobs whose turn comes after the one that waits."""
+        cdef _Worker worker = <_Worker>this_worker
+        cdef _Item item = None
+        cdef Unfuture top = None, job = None
+        lock(self)
+        top = worker.job
+        item = self._first
+        worker = self._waiting
+        unlock(self)
+        if top is None:
+            return False
+        behind = {}
+        # Step by step: see the head of this file.
+        while worker is not None:
+            lock(self)
+            job = worker.job
+            worker = worker.before
+            unlock(self)
+            if job is not None:
+                behind[id(job)] = job
+        while item is not None:
+            behind[id(item)] = item
+            lock(self)
+            item = item.link
+            unlock(self)
+        return waits_for_ever(Unfuture, behind, [(top, unfuture)])
 
     cdef add_worker(self, Unfuture unfuture):
         """Starts the worker that has been counted; returns why it could not.
@@ -4226,7 +4353,8 @@ cdef class JobQueue(_Line):
         queued = self._queued
         workers = self._workers
         idle = self._idle
-        waiting = self._blocked
+        # Of those that run jobs while they wait there may be several to a thread.
+        waiting = min(self._blocked, workers)
         unlock(self)
         return (begun, finished, failed, cancelled, pending), queued, workers, idle, waiting
 
@@ -4344,6 +4472,7 @@ cdef class JobQueue(_Line):
         self._submitted = self._begun = self._finished = self._failed = self._cancelled = 0
         self._rousing = False
         self._door = _Line.__new__(_Line)
+        self._bell = None
 
 
 @cython.final
@@ -4393,6 +4522,14 @@ cdef class _Worker:
         unlock(queue)
         self.failure = queue.send_for(idle, spawn)
         queue.open_door()
+        return 0
+
+    cdef int begin_wait_in(self, loop, Unfuture unfuture) except -1:
+        """The same, for one that waits in a loop of its own."""
+        cdef JobQueue queue = self.queue
+        self.begin_wait(unfuture)
+        if queue._nesting is not None:
+            queue._nesting.wait_in(loop, queue)
         return 0
 
     cdef int end_wait(self, unsigned int era) except -1:
@@ -4522,8 +4659,10 @@ cdef class _Worker:
             # A start that is pending may fail.
             at_work = queue._workers > queue._blocked + queue._idle + queue._starting
             unlock(queue)
-            if at_work or self.waits > 1:
+            if at_work or (self.waits > 1 and queue._nesting is None):
                 break
+            if queue._nesting is not None:
+                return self.work_meanwhile(unfuture, blocked, timeout is None, until)
             # Nobody else would see to the line. What is waited for may come to hang upon it later
             # on, as when a coroutine calls a function. With a timeout it is no deadlock.
             if timeout is None and queue.is_stuck() and not unfuture.is_done():
@@ -4538,6 +4677,47 @@ cdef class _Worker:
             self.failure = queue.relieve()
         blocked.wait(None if timeout is None else until - <double>monotonic())
         return 0
+
+    cdef int work_meanwhile(
+        self, Unfuture unfuture, _Blocked blocked, bint for_ever, double until
+    ) except -1:
+        """Runs what may run now, one job after the other, until the wait is over."""
+        cdef JobQueue queue = self.queue
+        cdef double left
+        former = queue.listen(blocked)
+        try:
+            while not unfuture.is_done() and not self.is_cancelled_in(blocked):
+                left = LOOK_AGAIN_SECONDS
+                if not for_ever:
+                    left = min(left, until - <double>monotonic())
+                    if left <= 0:
+                        break
+                if queue.run_one():
+                    continue
+                if blocked.wait(left):
+                    # For the next time. What ended the wait meanwhile is seen at once.
+                    lock(blocked)
+                    blocked.released = False
+                    unlock(blocked)
+                    continue
+                if not for_ever:
+                    continue
+                # What it would run before has come before somebody could wait for it.
+                if queue.is_buried(unfuture) and not queue.run_one() and not unfuture.is_done():
+                    raise buried_error(unfuture)
+        finally:
+            queue.listen(former)
+            queue.ring()  # a loop of its own, which this kept from looking
+        return 0
+
+    cdef bint is_cancelled_in(self, _Blocked blocked) except -1:
+        """Whether the wait is to be ended by that."""
+        cdef JobQueue queue = self.queue
+        cdef bint cancelled = False
+        lock(queue)
+        cancelled = self.blocked is blocked and self.request is not None
+        unlock(queue)
+        return cancelled
 
 
 def in_worker():
@@ -4567,6 +4747,12 @@ class pool_wait:
             if request is not None:
                 raise cancelled_error(request.message, False)
             (<_Worker>this_worker).begin_wait(None)
+
+    @staticmethod
+    def event():
+        """What this thread is going to wait for, which tells its pool."""
+        nesting = None if this_worker is NULL else (<_Worker>this_worker).queue._nesting
+        return ToldEvent(pool_wait) if nesting is None else nesting.event()
 
     def __exit__(self, kind, *_):
         if this_worker is not NULL:

@@ -69,10 +69,12 @@ from unsync._common import (
     MailboxCounts,
     Mirror,
     QueueCounts,
+    ToldEvent,
     Waiters,
     WorkCounts,
     already_done_error,
     awaited_exception,
+    buried_error,
     by_this_thread,
     cancelled_error,
     check_callable,
@@ -121,7 +123,7 @@ from unsync._common import (
 from unsync._views import asyncio_view, concurrent_view
 
 if TYPE_CHECKING:
-    from unsync._common import Watcher
+    from unsync._common import Nesting, Watcher
 
 __all__ = [
     "BIND_CLASS",
@@ -929,9 +931,10 @@ class _Callback(_Waiter):
         self.era = 0
 
     def begin_wait(self, worker: _Worker, unfuture: Unfuture[Any]) -> None:
+        assert self.loop is not None
         self.worker = worker
         self.era = worker.era
-        worker.begin_wait(unfuture)
+        worker.begin_wait_in(self.loop, unfuture)
 
     def _end_wait(self) -> None:
         worker, self.worker = self.worker, None
@@ -1176,7 +1179,7 @@ class _Park(_Waiter):
         if worker is not None:
             self._worker = worker
             self._era = worker.era
-            worker.begin_wait(self._unfuture)
+            worker.begin_wait_in(self._loop, self._unfuture)
 
     def remove_done_callback(self, function: Callable[[_Park], object]) -> int:
         removed = self._unfuture._remove_waiter(self)
@@ -2851,15 +2854,19 @@ class JobQueue:
     :param room: how many jobs may wait for a worker, or -1 for any number. Those that come from the
         queue's own workers are always let in: the workers might wait for them.
     :param patient: whether `submit` waits for room, where no event loop runs.
+    :param nesting: which jobs the worker runs itself while it waits, if there is but one and no
+        spare one.
     """
 
     __slots__ = (
+        "_bell",
         "_door",
         "_ended",
         "_idle",
         "_inside",
         "_jobs",
         "_limit",
+        "_nesting",
         "_patient",
         "_refuse",
         "_room",
@@ -2877,12 +2884,14 @@ class JobQueue:
         spares: int = 0,
         room: int = -1,
         patient: bool = False,
+        nesting: Nesting | None = None,
     ) -> None:
         self._limit = limit
         self._spares = spares
         self._spawn = spawn
         self._room = room
         self._patient = patient
+        self._nesting = nesting
         self._refuse: Callable[[], Exception] | None = None
         # Closed, and no worker is left.
         self._ended = Latch()
@@ -2901,6 +2910,8 @@ class JobQueue:
         self._inside: dict[Unfuture[Any], None] = {}
         # The threads that wait for room.
         self._door: deque[_Blocked] = deque()
+        # What interrupts the worker's wait, where it runs jobs meanwhile, for it to look for one.
+        self._bell: Any = None
         self._tally = _Tally()
 
     def submit(
@@ -3297,6 +3308,71 @@ class JobQueue:
         looking.failure = self._call_up()
         return before == self._moves() and not self._may_work()
 
+    # The worker of a queue that is given its `nesting` makes up for itself while it waits: it runs
+    # some of the jobs on top of the one that waits. Each has a worker of its own for that time, and
+    # so waits and is cancelled as any other. Who brings such a job rings afterwards; the worker
+    # first shows by what it can be woken, and then looks.
+
+    def listen(self, bell: Any) -> Any:
+        """For its worker: what `ring` interrupts from now on; gives what it did before."""
+        former, self._bell = self._bell, bell
+        return former
+
+    def ring(self) -> None:
+        """In any thread: has the worker look for a job, if it waits."""
+        bell = self._bell
+        if bell is not None:
+            bell.interrupt()
+
+    def run_one(self) -> bool:
+        """In its worker: runs one of the jobs that may run while it waits; whether it did."""
+        worker = _this_worker()
+        if worker is None or worker.queue is not self or not worker.waits:
+            return False
+        assert self._nesting is not None
+        return self._nesting.run_one(self)
+
+    def run_within(self, unfuture: Unfuture[Any] | None) -> bool:
+        """In its worker, which waits: runs that job, or the first one; whether it was there."""
+        outer = _this_worker()
+        worker = _Worker(self)
+        begun = True
+        bell = self.listen(None)
+        try:
+            if unfuture is None:
+                with suppress(IndexError):
+                    worker.job = self._jobs.popleft()
+            elif self._take_out(unfuture):
+                worker.job = unfuture
+            if worker.job is None:
+                return False
+            self._tally.add(TAKEN)
+            _this.worker = worker
+            begun = worker.job._work()
+        except BaseException as exc:
+            # As in `work`: somebody raised it in this thread from outside.
+            if worker.job is not None:
+                worker.job._complete(FAILED, exc)
+            raise
+        finally:
+            if _this.worker is worker:  # not in the child of a fork
+                _this.worker = outer
+            if worker.waits:
+                worker.end_all_waits()  # of a loop that was left
+            if worker.job is not None:
+                self._end_job(worker, begun)
+            self.listen(bell)
+        return True
+
+    def _is_buried(self, looking: _Worker, unfuture: Unfuture[Any]) -> bool:
+        """Whether it hangs upon jobs whose turn comes after the one that waits."""
+        if looking.job is None:
+            return False
+        behind = [worker.job for worker in list(self._waiting) if worker.job is not None]
+        behind += _listed(self._jobs)
+        waits = [(looking.job, unfuture)]
+        return waits_for_ever(Unfuture, {id(job): job for job in behind}, waits)
+
     def _moves(self) -> list[tuple[_Worker, int]]:
         """What is another one as soon as a worker has come, gone or moved."""
         return [(worker, worker.moves) for worker in list(self._workers)]
@@ -3322,7 +3398,10 @@ class JobQueue:
             counts[CANCELLED] + counts[CANCELLED_AND_NOTIFIED],
         )
         work = (started, *ended, submitted - sum(ended))
-        return work, len(self._jobs), len(self._workers), len(self._idle), len(self._waiting)
+        workers = len(self._workers)
+        # Of those that run jobs while they wait there may be several to a thread.
+        waiting = min(len(self._waiting), workers)
+        return work, len(self._jobs), workers, len(self._idle), waiting
 
     def pending(self) -> tuple[list[Unfuture[Any]], list[Unfuture[Any]]]:
         """The jobs that wait for a worker, and those that workers are at, also if they are done."""
@@ -3471,6 +3550,13 @@ class _Worker:
         # Each time: a finalizer may have come just before, and now it waits in here.
         self.failure = queue._call_up()
 
+    def begin_wait_in(self, loop: asyncio.AbstractEventLoop, unfuture: Unfuture[Any]) -> None:
+        """The same, for one that waits in a loop of its own."""
+        self.begin_wait(unfuture)
+        queue = self.queue
+        if queue._nesting is not None:
+            queue._nesting.wait_in(loop, queue)
+
     def end_wait(self, era: int) -> None:
         """:param era: of when it began. Its loop may have been left since, and run elsewhere."""
         if self.waits and era == self.era and _this_worker() is self:
@@ -3576,7 +3662,10 @@ class _Worker:
     def _wait_in(self, unfuture: Unfuture[Any], blocked: _Blocked, timeout: float | None) -> None:
         queue = self.queue
         until = None if timeout is None else monotonic() + max(timeout, 0)
-        while self.waits == 1 and queue._none_at_work():
+        while (self.waits == 1 or queue._nesting is not None) and queue._none_at_work():
+            if queue._nesting is not None:
+                self._work_meanwhile(unfuture, blocked, until)
+                return
             # Nobody else would see to the queue. What is waited for may come to hang upon it
             # later on, as when a coroutine calls a function. With a timeout it is no deadlock.
             if timeout is None and queue._is_stuck(self) and unfuture._status < CANCELLED:
@@ -3590,6 +3679,32 @@ class _Worker:
                 return
             self.failure = queue._call_up()
         blocked.wait(None if until is None else until - monotonic())
+
+    def _work_meanwhile(
+        self, unfuture: Unfuture[Any], blocked: _Blocked, until: float | None
+    ) -> None:
+        """Runs what may run now, one job after the other, until the wait is over."""
+        queue = self.queue
+        former = queue.listen(blocked)
+        try:
+            while not unfuture.done() and not self._is_cancelled_in(blocked):
+                left = LOOK_AGAIN_SECONDS
+                if until is not None:
+                    left = min(left, until - monotonic())
+                    if left <= 0:
+                        return
+                if queue.run_one() or blocked.wait(left) or until is not None:
+                    continue
+                # What it would run before has come before somebody could wait for it.
+                if queue._is_buried(self, unfuture) and not queue.run_one() and not unfuture.done():
+                    raise buried_error(unfuture)
+        finally:
+            queue.listen(former)
+            queue.ring()  # a loop of its own, which this kept from looking
+
+    def _is_cancelled_in(self, blocked: _Blocked) -> bool:
+        """Whether the wait is to be ended by that."""
+        return self.blocked is blocked and (self.job in self.requests or self.call in self.requests)
 
 
 def _this_worker() -> _Worker | None:
@@ -3636,6 +3751,13 @@ class pool_wait:  # noqa: N801  # lower case as in the twin
             if request is not None:
                 raise cancelled_error(request.message, False)
             worker.begin_wait(None)
+
+    @staticmethod
+    def event() -> threading.Event:
+        """What this thread is going to wait for, which tells its pool."""
+        worker = _this_worker()
+        nesting = None if worker is None else worker.queue._nesting
+        return ToldEvent(pool_wait) if nesting is None else nesting.event()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         worker = _this_worker()

@@ -16,7 +16,6 @@ from unsync._common import (
     FAILED,
     FINISHED,
     CancelRequest,
-    PoolWait,
     WaiterList,
     awaited_exception,
     logger,
@@ -26,6 +25,7 @@ from unsync._common import (
 if TYPE_CHECKING:
     from contextvars import Context
 
+    from unsync._common import PoolWait
     from unsync._core_py import Unfuture
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from contextvars import copy_context
 from functools import lru_cache, partial
 from time import sleep
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 from unsync import _common, _travel
 from unsync._backend import (
@@ -30,7 +30,29 @@ from unsync._backend import (
 from unsync._common import WorkCounts, monotonic
 from unsync._counts import Book
 
-__all__ = ["Engine", "Given", "ProcessPool", "ThreadExecutor", "submit_to", "way_into"]
+if TYPE_CHECKING:
+    from unsync._single_thread import SingleThreadExecutor
+else:
+
+    def __getattr__(name):
+        # Imported when somebody asks for it, since most programs never do.
+        if name != "SingleThreadExecutor":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from unsync._single_thread import SingleThreadExecutor
+
+        globals()[name] = SingleThreadExecutor
+        return SingleThreadExecutor
+
+
+__all__ = [
+    "Engine",
+    "Given",
+    "ProcessPool",
+    "SingleThreadExecutor",
+    "ThreadExecutor",
+    "submit_to",
+    "way_into",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,6 +106,8 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
     :raises TypeError: if `initializer` is not callable.
     """
 
+    _nesting: ClassVar[_common.Nesting | None] = None
+
     def __init__(
         self,
         max_workers: int | None = None,
@@ -117,6 +141,7 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
             spare_workers,
             -1 if max_queued is None else max_queued,
             when_full == "wait",
+            self._nesting,
         )
         _queues.close_ended_queues()
         _queues.open(self._jobs)
@@ -328,7 +353,9 @@ def way_into(engine: concurrent.futures.Executor | Given) -> Way:
         return engine.submit
     if type(engine) is ThreadExecutor:
         return engine.jobs.submit
-    return partial(submit_to, engine)
+    # A `SingleThreadExecutor` has its own.
+    own: Way | None = getattr(engine, "_way", None)
+    return partial(submit_to, engine) if own is None else own
 
 
 class Given:

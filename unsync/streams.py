@@ -305,6 +305,10 @@ class _InThreads(_Channel[T]):
             when_done(job, self.is_over)
 
     def work(self) -> None:
+        # What the generator calls descends from this job, not from who made the stream.
+        call = _common.nested_in.get()
+        if call is not None:
+            self.context.run(_common.nested_in.set, call)
         # One that was sent for an earlier rest may have its turn after a later one.
         while self.takes_its_turn() and (not self.is_to_go_on() or self.context.run(self.fill)):
             # The next job may be sent, and begin, before this one has ended.

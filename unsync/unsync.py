@@ -892,9 +892,12 @@ def _target(what: str, function: Callable[..., Any]) -> package.fan_out.Target:
 
 def _is_cheap(route: Route | None) -> bool:
     """Whether single calls go there in batches anyway."""
-    if route is _threads.route:
-        return type(_threads.executor) is executors.ThreadExecutor
-    return route is None or type(getattr(route.submit, "__self__", None)) is JobQueue
+    if route is None:
+        return True
+    way = executors.way_into(_threads.executor) if route is _threads.route else route.submit
+    # Others are given a partial.
+    ours = (JobQueue, concurrent.futures.ThreadPoolExecutor)
+    return isinstance(getattr(way, "__self__", None), ours)
 
 
 def _workers_of(route: Route | None) -> int:
