@@ -4047,6 +4047,8 @@ cdef class JobQueue(_Line):
             self._queued -= 1
             self._running += 1
             worker.job = job
+            worker.next = self._all
+            self._all = worker
         unlock(self)
         if not there:
             return False
@@ -4063,11 +4065,14 @@ cdef class JobQueue(_Line):
                 this_worker = outer
             if worker.waits:
                 worker.end_all_waits()  # of a loop that was left
+            self.delist(worker)
             lock(self)
             worker.job = None
             self.count_ended(job, begun)
             unlock(self)
             self.listen(bell)
+            if load(&_watching):
+                _watcher.is_through(job)
         return True
 
     cdef bint is_buried(self, Unfuture unfuture) except -1:

@@ -2866,6 +2866,7 @@ class JobQueue:
         "_inside",
         "_jobs",
         "_limit",
+        "_nested",
         "_nesting",
         "_patient",
         "_refuse",
@@ -2910,8 +2911,10 @@ class JobQueue:
         self._inside: dict[Unfuture[Any], None] = {}
         # The threads that wait for room.
         self._door: deque[_Blocked] = deque()
-        # What interrupts the worker's wait, where it runs jobs meanwhile, for it to look for one.
+        # What interrupts the worker's wait, where it runs jobs meanwhile, for it to look for one;
+        # and those that it is for these jobs.
         self._bell: Any = None
+        self._nested: dict[_Worker, None] = {}
         self._tally = _Tally()
 
     def submit(
@@ -3338,6 +3341,8 @@ class JobQueue:
         worker = _Worker(self)
         begun = True
         bell = self.listen(None)
+        worker.moves += 1  # first: see `pending`
+        self._nested[worker] = None
         try:
             if unfuture is None:
                 with suppress(IndexError):
@@ -3359,6 +3364,7 @@ class JobQueue:
                 _this.worker = outer
             if worker.waits:
                 worker.end_all_waits()  # of a loop that was left
+            self._nested.pop(worker, None)
             if worker.job is not None:
                 self._end_job(worker, begun)
             self.listen(bell)
@@ -3410,7 +3416,7 @@ class JobQueue:
         while True:
             queued = _listed(self._jobs)
             at_work: list[Unfuture[Any]] = []
-            for worker in list(self._workers):
+            for worker in list(self._workers) + list(self._nested):
                 job = worker.job
                 if job is not None:
                     at_work.append(job)

@@ -1055,6 +1055,43 @@ def test_what_was_counted(one: SingleThreadExecutor) -> None:
     assert after.threads.pending == before.threads.pending
 
 
+def test_those_that_wait_and_the_one_that_runs_are_pending(one: SingleThreadExecutor) -> None:
+    def outer() -> int:
+        assert len(one.jobs.pending()[1]) == 1
+        return in_loop(one.submit, inner).result()  # type: ignore[no-any-return]
+
+    def inner() -> int:
+        return len(one.jobs.pending()[1])
+
+    assert one.submit(outer).result(PATIENCE) == 2
+
+
+def test_a_drain_waits_for_what_nests(one: SingleThreadExecutor) -> None:
+    log = Log()
+    gate: Unfuture[None] = Unfuture()
+    begun = threading.Event()
+
+    @unsync
+    async def between() -> None:
+        await gate
+        await one.submit(log.note, "nested")
+
+    def outer() -> None:
+        call = between()
+        begun.set()
+        call.result()
+        one.submit(log.note, "left")
+
+    one.submit(outer)
+    assert begun.wait(PATIENCE)
+    assert not unsync.drain(0)
+    opens = threading.Timer(0.01, gate.set_result, (None,))
+    opens.start()
+    assert unsync.drain(PATIENCE)
+    opens.join()
+    assert log == ["nested", "left"]
+
+
 # The executor itself.
 
 
