@@ -9,6 +9,7 @@ from unsync.unsync import Unfuture, unsync
 if TYPE_CHECKING:
     from unsync import _drain as _drain
     from unsync import _exit as _exit
+    from unsync import _single_thread as _single_thread
     from unsync import _stats as _stats
     from unsync import context_managers as context_managers
     from unsync import fan_out as fan_out
@@ -37,6 +38,7 @@ _LATER = {
     "Stream": "streams",
     "_drain": "_drain",
     "_exit": "_exit",
+    "_single_thread": "_single_thread",
     "_stats": "_stats",
     "context_managers": "context_managers",
     "fan_out": "fan_out",

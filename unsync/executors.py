@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        # Imported when somebody asks for it, since most programs never do.
+        # Imported when somebody asks for it, since most programs never do; and before a fork.
         if name != "SingleThreadExecutor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from unsync._single_thread import SingleThreadExecutor
@@ -87,7 +87,8 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
     interpreter exit it does not wait for ever for what still runs, since its threads are daemonic.
 
     :param max_workers: how many functions run at most, not counting those that wait for an
-        Unfuture; threads start as they are needed.
+        Unfuture; threads start as they are needed. So 1 is not one thread: see
+        `SingleThreadExecutor`.
     :param thread_name_prefix: begins the name of each thread.
     :param initializer: called in each thread before its first job; if it raises, the pool is
         broken and refuses work with `BrokenThreadPool`.

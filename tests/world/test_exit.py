@@ -115,6 +115,32 @@ if __name__ == "__main__":
 """,
         "1 2 3\n2\n",
     ),
+    "calls that nest in one thread": (
+        """
+from unsync.executors import SingleThreadExecutor
+
+one = SingleThreadExecutor()
+
+@unsync(executor=one)
+def outer():
+    begun.set()
+    print(between().result(60))
+
+@unsync
+async def between():
+    await asyncio.sleep(0.1)
+    return await inner()
+
+@unsync(executor=one)
+def inner():
+    return "nested"
+
+outer()
+one.submit(print, "queued")
+assert begun.wait(60)
+""",
+        "nested\nqueued\n",
+    ),
     "signal handlers of the ambient loop": (
         """
 import signal, sys
@@ -455,6 +481,27 @@ if __name__ == "__main__":
 """,
         "",
         "2 calls, 1 of sleep(), 1 of sleep_in_process()",
+    ),
+    "calls that nest in one thread": (
+        f"""
+{AT_ONCE}
+from unsync.executors import SingleThreadExecutor
+
+one = SingleThreadExecutor()
+
+@unsync(executor=one)
+def down(depth):
+    return between(depth - 1).result() if depth else sleep.__wrapped__()
+
+@unsync
+async def between(depth):
+    return await down(depth)
+
+down(2)
+assert begun.wait(60)
+""",
+        "",
+        "3 calls of down()",
     ),
 }
 

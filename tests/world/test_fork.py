@@ -162,6 +162,66 @@ use_all({processes})
 """)
 
 
+SINGLE_THREAD = """
+from unsync.executors import SingleThreadExecutor
+
+one = SingleThreadExecutor()
+never = Unfuture()
+begun = threading.Event()
+
+
+@unsync(executor=one)
+def down(depth):
+    return 0 if depth == 0 else up(depth - 1).result(60) + 1
+
+
+@unsync
+async def up(depth):
+    return await down(depth)
+
+
+@unsync(executor=one)
+def waiting():
+    begun.set()
+    return never.result(60) + down(3).result(60)
+
+
+"""
+
+
+def test_calls_that_nest_in_one_thread_while_one_of_them_waits(end: Callable[..., str]) -> None:
+    end(
+        """
+call = waiting()
+assert begun.wait(60)
+fork(lambda: [down(5).result(60), join(start(lambda: down(5).result(60)))])
+never.set_result(1)
+assert call.result(60) == 4
+""",
+        functions=SINGLE_THREAD,
+    )
+
+
+def test_in_a_call_that_nests_the_child_has_another_thread(end: Callable[..., str]) -> None:
+    end(
+        """
+def child():
+    assert [down(5).result(60), up(4).result(60), asyncio.run(in_own_loop())] == [5, 4, 3]
+
+async def in_own_loop():
+    return await down(3)
+
+@unsync
+async def middle():
+    return await one.submit(fork, child)
+
+one.submit(lambda: middle().result(60)).result(60)
+assert down(5).result(60) == 5
+""",
+        functions=SINGLE_THREAD,
+    )
+
+
 def test_a_child_can_fork_in_turn(end: Callable[..., str]) -> None:
     end("""
 def child():

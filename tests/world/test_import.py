@@ -35,7 +35,13 @@ ALWAYS = {
 }
 
 # Some programs never need these.
-LATER = {"unsync._stats", "unsync.context_managers", "unsync.fan_out", "unsync.streams"}
+LATER = {
+    "unsync._single_thread",
+    "unsync._stats",
+    "unsync.context_managers",
+    "unsync.fan_out",
+    "unsync.streams",
+}
 
 # What unsync needs of the standard library, beyond its two parents. `ThreadExecutor` is a
 # `ThreadPoolExecutor`, whose module, with `queue`, has to be loaded early: it registers what it
@@ -70,6 +76,7 @@ CONTEXT_MANAGERS = {"unsync.context_managers"}
 STREAMS = {"unsync.streams"}
 FAN_OUT = {"unsync.fan_out", "unsync.streams"}
 STATS = {"unsync._stats"}
+SINGLE_THREAD = {"unsync._single_thread"}
 USES = {
     "import unsync; dir(unsync)": set(),
     "from unsync import unsync; unsync(len)": set(),
@@ -91,6 +98,9 @@ USES = {
     "from unsync import unsync; unsync.calls(unsync(len), ['']).pop().result()": FAN_OUT,
     "from unsync import unsync; list(unsync.map(unsync(len), ['']))": FAN_OUT,
     "from unsync import unsync; list(unsync(lambda: (yield))())": STREAMS,
+    "from unsync.executors import ThreadExecutor": set(),
+    "from unsync.executors import SingleThreadExecutor": SINGLE_THREAD,
+    "from unsync.executors import *; SingleThreadExecutor": SINGLE_THREAD,
 }
 
 
