@@ -226,6 +226,7 @@ def test_a_burst_does_not_starve_the_loop() -> None:
     assert turns["timer"] > 3
 
 
+@pytest.mark.usefixtures("patient")  # without a bell, each wakeup is a drain of its own
 @pytest.mark.parametrize(
     ("step", "at_a_time"),
     [

@@ -323,8 +323,10 @@ def test_stock_loops_are_asked_for_nothing_more() -> None:
     async def watch() -> None:
         loop = asyncio.get_running_loop()
         await work(1)
-        # Within a drain: nothing but this waits to be called.
-        turns.extend(repr(handle) for handle in loop._ready)  # type: ignore[attr-defined]
+        # Within a drain: nothing but this waits to be called. Where there is no eventfd, the loop
+        # was woken by its own pipe, which is read in the same turn.
+        ready = [repr(handle) for handle in loop._ready]  # type: ignore[attr-defined]
+        turns.extend(handle for handle in ready if "_read_from_self" not in handle)
 
     unsync.loop_factory = asyncio.SelectorEventLoop
     watch().result(PATIENCE)

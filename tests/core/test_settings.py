@@ -135,6 +135,7 @@ def test_loop_and_thread_start_when_they_are_asked_for() -> None:
 
 
 def test_loop_and_thread_start_with_the_first_call() -> None:
+    assert_that_no_thread_is_left()
     unfuture = add_async(1, 2)
     assert ambient_threads() == [unsync.thread]
     assert unfuture.result(PATIENCE) == 3
@@ -143,6 +144,7 @@ def test_loop_and_thread_start_with_the_first_call() -> None:
 
 
 def test_a_regular_function_needs_no_loop() -> None:
+    assert_that_no_thread_is_left()
     assert add(1, 2).result(PATIENCE) == 3
     assert [thread.name for thread in ambient_threads()] == ["unsync-worker_0"]
 

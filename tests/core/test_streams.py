@@ -982,7 +982,12 @@ def test_a_body_that_is_cancelled_while_it_rests_decides(ends_by: str) -> None:
     stream = body()
     task = tasks.get(timeout=PATIENCE)
     wait_until(lambda: stream._channel.resting)
-    unsync.loop.call_soon_threadsafe(task.cancel, "the test")
+
+    async def cancel() -> None:
+        task.cancel("the test")
+
+    # Only when the body has suspended is it told, and only then does anybody read on.
+    unsync(cancel)().result(PATIENCE)
     found: list[str] = []
     if ends_by in {"failure", "cancel"}:
         with pytest.raises(Boom if ends_by == "failure" else asyncio.CancelledError):

@@ -57,14 +57,14 @@ def _settings() -> dict[str, object]:
     }
 
 
-def _ambient() -> Any:
+def the_ambient_loop() -> Any:
     """The ambient loop and its thread, if they have been started."""
     return implementation._ambient._current
 
 
 def _of_the_ambient_loop() -> dict[str, object]:
     """One that was not started yet counts as one to which nothing was done."""
-    ambient = _ambient()
+    ambient = the_ambient_loop()
     if ambient is None:
         state: list[object] = [None, None, asyncio.coroutines._is_debug_mode(), 0.1]
     else:
@@ -149,7 +149,7 @@ def threads() -> set[threading.Thread]:
     """All but those of unsync's own loop and pool, which are there for every test."""
     own = implementation._threads
     pool = own._executor._threads if own._executor is not None and own._is_ours else set()
-    ambient = _ambient()
+    ambient = the_ambient_loop()
     return {*threading.enumerate()} - pool - ({ambient.thread} if ambient is not None else set())
 
 
@@ -168,7 +168,7 @@ def _is_of_a_pool(thread: threading.Thread) -> bool:
 
 
 def tasks() -> set[asyncio.Task[Any]]:
-    ambient = _ambient()
+    ambient = the_ambient_loop()
     return set() if ambient is None else asyncio.all_tasks(ambient.loop)
 
 
