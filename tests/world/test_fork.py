@@ -82,6 +82,8 @@ def start(in_child):
         try:
             in_child()
             status = 0
+            # os._exit leaves the semaphores of a pool that PyPy has not collected yet.
+            gc.collect()
         except BaseException:
             traceback.print_exc()
         finally:
