@@ -1,7 +1,8 @@
-"""What a call takes: instructions, system calls and bytes; alone, or against another commit.
+"""What a call takes: instructions, system calls and bytes; alone, or against a commit.
 
     python bench/instructions.py                    # of the unsync that this Python imports
     python bench/instructions.py --against main     # beside that commit's; 1 if anything is dearer
+    python bench/instructions.py --against A --of B # the commit B beside the commit A
 
 Counts depend on nothing else that the machine does, and differ by little from run to run, where
 times differ by more than most changes are worth. `counted.py` says what is counted, `NOTES.md` how
@@ -93,7 +94,7 @@ def build(tree: Path) -> None:
         run(command, cwd=tree, env=os.environ | {"UNSYNC_NO_EXTENSIONS": ""})
 
 
-def base(revision: str) -> Path:
+def checkout_of(revision: str) -> Path:
     """The checkout of that commit, built; once for each commit and Python."""
     git = ["git", "-C", str(CHECKOUT)]
     commit = run([*git, "rev-parse", "--verify", f"{revision}^{{commit}}"]).strip()
@@ -256,6 +257,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--against", metavar="REVISION", help="compare with this commit")
+    parser.add_argument("--of", metavar="REVISION", help="count this commit, not what is imported")
     parser.add_argument("--core", choices=CORES, help="both, if none is named")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="all, if none is named")
     parser.add_argument("--runs", type=int, default=RUNS, help="of which the median counts")
@@ -270,8 +272,8 @@ def main() -> None:
     rows = options.rows or known
     if unknown := set(rows) - set(known):
         parser.error(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    tree = here()
-    old_tree = base(options.against) if options.against else None
+    tree = checkout_of(options.of) if options.of else here()
+    old_tree = checkout_of(options.against) if options.against else None
     cores = [options.core] if options.core else list(CORES)
     if "compiled" in cores:
         build(tree)

@@ -77,6 +77,31 @@ def test_a_row_that_is_gone_is_a_fault_and_a_new_one_is_none() -> None:
     assert instructions.faults(None, figures(1000)) == []
 
 
+def test_two_commits_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without a count of their packages: those are as many instructions as the commits' names."""
+
+    def measure(tree: Path, core: str, rows: list[str], runs: int) -> instructions.Table:
+        return {row: figures(int(tree.name)) for row in rows}
+
+    monkeypatch.setattr(instructions, "TOOLS", {})
+    monkeypatch.setattr(instructions, "run", lambda command: "callback unfuture")
+    monkeypatch.setattr(instructions, "checkout_of", lambda revision: tmp_path / revision)
+    monkeypatch.setattr(instructions, "build", lambda tree: None)
+    monkeypatch.setattr(instructions, "measure", measure)
+    command = ["instructions.py", "--core", "plain", "--rows", "callback"]
+    monkeypatch.setattr(sys, "argv", [*command, "--against", "1000", "--of", "1100"])
+    with pytest.raises(SystemExit) as caught:
+        instructions.main()
+    assert caught.value.code == 1
+    assert "| callback | 1,000 | 1,100 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--against", "1100", "--of", "1000"])
+    with pytest.raises(SystemExit) as caught:
+        instructions.main()
+    assert caught.value.code == 0
+
+
 def test_marks_of_other_rows_are_told_apart() -> None:
     answer = '{"row": "a", "count": 8, "batches": 2}\n{"row": "b", "count": 4, "batches": 3}\n'
     assert list(instructions.by_row(answer, 5)) == [("a", 8, slice(0, 2)), ("b", 4, slice(2, 5))]
