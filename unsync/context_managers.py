@@ -141,19 +141,22 @@ class _HostOfTask(_Host[T]):
         if isinstance(failure, asyncio.CancelledError):
             self.body_was_cancelled = _requests(self.task) > self.requests + self.interrupted
         self.left.set_result(failure)
-        if not self.interrupted:
-            return await self.ended
-        assert self.task is not None
-        if getattr(self.task, "_must_cancel", False):
-            # The body was left before it heard of it.
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(0)
         try:
-            return await self.ended
+            if not self.interrupted:
+                return await self.ended
+            assert self.task is not None
+            if getattr(self.task, "_must_cancel", False):
+                # The body was left before it heard of it.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+            try:
+                return await self.ended
+            finally:
+                if self.task.uncancel() > self.requests:
+                    # Somebody else cancelled the task as well, and must not be forgotten.
+                    raise asyncio.CancelledError
         finally:
-            if self.task.uncancel() > self.requests:
-                # Somebody else cancelled the task as well, and must not be forgotten.
-                raise asyncio.CancelledError
+            del self  # a failure's traceback leads to this frame
 
 
 @final
@@ -248,6 +251,8 @@ class AmbientContextManager(Generic[T]):
             with contextlib.suppress(asyncio.CancelledError):
                 host.ended.result()
             raise
+        finally:
+            del host  # a failure's traceback leads to this frame
 
     def __exit__(
         self,
@@ -288,6 +293,8 @@ class AmbientContextManager(Generic[T]):
             host.abort()
             await host.ended  # who is cancelled in here must hear of it
             raise
+        finally:
+            del host
 
     async def __aexit__(
         self,

@@ -7,7 +7,6 @@ import concurrent.futures
 import sys
 import threading
 import traceback
-import weakref
 from collections.abc import Awaitable, Callable, Generator
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from support.loops import Main, bounded
 from support.loops import in_own_loop as in_this_thread
-from support.waiting import PATIENCE, collect, wait_until
+from support.waiting import PATIENCE, wait_until
 
 from unsync import Unfuture, unsync
 
@@ -792,44 +791,6 @@ def test_it_is_a_task_before_its_first_suspension_too() -> None:
         return asyncio.current_task()
 
     assert ask().result(PATIENCE).get_name() == ask.__qualname__
-
-
-@pytest.mark.parametrize("make", [asyncio.Future, Unfuture], ids=["future", "unfuture"])
-def test_a_call_that_nobody_keeps_runs_to_its_end(make: Callable[[], Any]) -> None:
-    """asyncio refers to its tasks weakly: this one hangs on nothing but itself."""
-    waits_for: list[weakref.ref[Any]] = []
-    ended = threading.Event()
-
-    @unsync
-    async def forgotten() -> None:
-        gate = make()
-        waits_for.append(weakref.ref(gate))
-        await gate
-        ended.set()
-
-    forgotten()
-    wait_until(lambda: waits_for)
-    all_ambient_tasks()  # a turn of the loop later it is suspended
-    collect()
-    gate = waits_for[0]()
-    assert gate is not None
-    unsync.loop.call_soon_threadsafe(gate.set_result, None)
-    assert ended.wait(PATIENCE)
-
-
-def test_an_ended_call_is_not_kept() -> None:
-    @unsync
-    async def ask() -> weakref.ref[Any]:
-        await asyncio.sleep(0)
-        return weakref.ref(asyncio.current_task())
-
-    task = ask().result(PATIENCE)
-
-    def is_gone() -> bool:
-        collect()
-        return task() is None
-
-    wait_until(is_gone)
 
 
 def test_a_call_in_the_ambient_loop_begins_after_the_caller_goes_on() -> None:

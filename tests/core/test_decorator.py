@@ -723,34 +723,6 @@ def test_keywords_that_are_no_strings_are_refused_at_the_call(mark: Callable[[],
             call(mark())
 
 
-@marked_all_ways
-def test_a_call_takes_and_gives_back_its_references(mark: Callable[[], Any]) -> None:
-    if not hasattr(sys, "getrefcount"):
-        pytest.skip("nobody counts references here")
-    value, marked = object(), mark()
-    name = f"name{id(value)}"
-
-    def references() -> tuple[int, int]:
-        return sys.getrefcount(value), sys.getrefcount(name)
-
-    def call() -> None:
-        calls = [marked(value), marked(value, value, word=value), marked(**{name: value})]
-        for unfuture in calls:
-            unfuture.result(PATIENCE)
-
-    def given_back() -> bool:
-        collect()
-        # When the first was over, another thread may have held one for a moment more.
-        return all(now <= then for now, then in zip(references(), before, strict=True))
-
-    call()
-    collect()
-    before = references()
-    for _ in range(100):
-        call()
-    wait_until(given_back)
-
-
 @pytest.mark.parametrize("setting", ["executor", "thread_executor", "process_executor"])
 def test_an_executor_hears_of_no_keywords(fresh: None, setting: str) -> None:
     """Some would take them for their own: Dask's has `key` and `priority`."""

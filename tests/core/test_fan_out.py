@@ -16,12 +16,11 @@ import signal
 import subprocess
 import threading
 import traceback
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
 
 import pytest
-from support.waiting import PATIENCE, collect, wait_until, wait_until_gone
+from support.waiting import PATIENCE, collect, wait_until
 
 from unsync import CancelledError, Stream, Unfuture, fan_out, unsync
 from unsync.executors import ThreadExecutor
@@ -323,25 +322,6 @@ def test_a_chunk_that_an_interrupt_leaves_as_it_is_submitted_is_counted_to_its_e
     assert unsync.stats().executors.started == before.started + 1
 
 
-def test_chunks_that_an_interrupt_leaves_are_not_kept(
-    single: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[weakref.ref[fan_out._Followed]] = []
-    submit = single.submit
-
-    def interrupted(call: Any) -> concurrent.futures.Future[Any]:
-        made.append(weakref.ref(call._function))
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return submit(call)
-
-    monkeypatch.setattr(single, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        unsync.calls(unsync(plain, executor=single), range(6), chunksize=2)
-    assert len(made) == 2
-    wait_until_gone(*made)
-
-
 @pytest.mark.parametrize("is_at_work", [True, False])
 def test_the_garbage_collector_is_left_as_it_was(
     threads: concurrent.futures.ThreadPoolExecutor, is_at_work: bool
@@ -440,44 +420,6 @@ def test_plain_results_others_and_failures_take_turns(several: bool) -> None:
 @pytest.mark.usefixtures("pool")
 def test_what_a_call_does_to_its_argument_no_other_sees() -> None:
     assert list(unsync.map(push, [[0]] * 3, chunksize=3)) == [[0, 1]] * 3
-
-
-@pytest.mark.usefixtures("pool")
-@pytest.mark.parametrize("in_order", [True, False, None])
-def test_a_chunk_that_has_served_is_in_no_cycle(
-    in_order: bool | None, threads: concurrent.futures.ThreadPoolExecutor
-) -> None:
-    made: list[weakref.ref[Any]] = []
-
-    def remembered(chunk: Any) -> concurrent.futures.Future[Any]:
-        made.append(weakref.ref(chunk._function))
-        return submit(chunk)
-
-    submit, threads.submit = threads.submit, remembered  # type: ignore[method-assign,assignment]
-    gate = threading.Event()
-
-    @unsync(executor=threads)
-    def work(x: int) -> int:
-        gate.wait(PATIENCE)
-        return x
-
-    gc.disable()
-    try:
-        if in_order is None:
-            calls = unsync.calls(work, range(10), chunksize=4)
-            gate.set()
-            assert [call.result(PATIENCE) for call in calls] == [*range(10)]
-        else:
-            stream = unsync.map(work, range(10), chunksize=4, in_order=in_order)
-            gate.set()
-            assert sorted(stream) == [*range(10)]
-            gate.clear()
-            unsync.map(work, range(10), chunksize=4, in_order=in_order).close()
-            gate.set()
-        assert len(made) >= 3
-        wait_until_gone(*made)
-    finally:
-        gc.enable()
 
 
 class Afar(concurrent.futures.Executor):

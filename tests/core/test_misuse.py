@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
-import gc
 import threading
 import types
 import warnings
@@ -332,42 +331,6 @@ def test_a_fork_that_was_none_changes_nothing() -> None:
 
 
 # Forgotten.
-
-
-def test_a_request_that_nobody_will_answer_can_be_forgotten() -> None:
-    """Continuations hang upon one that waits for a manual Unfuture; nothing else holds them."""
-    waiting: list[Unfuture[int]] = []
-
-    class Request:
-        def __init__(self, links: int) -> None:
-            with ambient_loop_held():
-                answer = coroutine().then(self.send)
-                for _ in range(links):
-                    answer = answer.map(self.use)
-                self.answer = answer
-
-        def send(self, _: Unfuture[int]) -> Unfuture[int]:
-            waiting.append(Unfuture())
-            return waiting[-1]
-
-        def use(self, reply: int) -> int:
-            return reply
-
-    references = []
-    for links in (0, 1, 5):
-        request = Request(links)
-        references.append(weakref.ref(request))
-        wait_until(lambda: len(waiting) == 1)
-        coroutine().result(PATIENCE)  # the loop is through with it
-        waiting.clear()
-        del request
-
-    def gone() -> bool:
-        coroutine().result(PATIENCE)
-        gc.collect()
-        return all(reference() is None for reference in references)
-
-    wait_until(gone, "the end of the forgotten requests")
 
 
 def test_an_unfuture_takes_no_attributes_but_one_of_a_subclass_does() -> None:

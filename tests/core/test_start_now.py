@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
@@ -15,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, collect, wait_until
+from support.waiting import PATIENCE, collect
 
 from unsync import Unfuture, unsync
 
@@ -959,29 +958,3 @@ def test_a_factory_that_refuses_is_heard_by_the_awaiting_caller() -> None:
         return await give_later(2)
 
     assert main().result(PATIENCE) == 2
-
-
-def test_a_weakly_held_task_that_started_in_an_await_runs_to_its_end() -> None:
-    """Its caller is gone, and asyncio refers to its tasks weakly: it hangs on itself only."""
-    gates: list[weakref.ref[Any]] = []
-    ended = threading.Event()
-
-    @unsync
-    async def inner() -> None:
-        gate = asyncio.Future[None]()
-        gates.append(weakref.ref(gate))
-        await gate
-        ended.set()
-
-    @unsync
-    async def outer() -> None:
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.shield(inner()), 0.001)
-
-    outer().result(PATIENCE)
-    wait_until(lambda: gates)
-    collect()
-    gate = gates[0]()
-    assert gate is not None
-    unsync.loop.call_soon_threadsafe(gate.set_result, None)
-    assert ended.wait(PATIENCE)

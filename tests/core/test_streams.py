@@ -9,14 +9,13 @@ import inspect
 import queue
 import threading
 import types
-import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, collect, wait_until, wait_until_gone
+from support.waiting import PATIENCE, collect, wait_until
 
 from unsync import Stream, Unfuture, unsync
 
@@ -440,31 +439,6 @@ def test_a_job_that_was_cancelled_before_it_began_ends_the_stream() -> None:
         next(stream)
     gate.set()
     assert list(stream) == []
-
-
-@both
-def test_one_that_the_garbage_collector_finds_is_closed_where_it_runs(kind: str) -> None:
-    closed: queue.Queue[str] = queue.Queue()
-
-    def body() -> Generator[int, None, None]:
-        try:
-            yield from range(1000)
-        finally:
-            threading.Event().wait(0.01)  # for another thread to come in, if one wants to
-            closed.put(threading.current_thread().name)
-
-    def leave_one_in_a_cycle() -> None:
-        stream = marked(body, kind)()
-        assert next(stream) == 0
-        wait_until(lambda: stream._channel.resting)
-        cycle: list[Any] = [stream]
-        cycle.append(cycle)
-
-    leave_one_in_a_cycle()
-    collect()
-    assert closed.get(timeout=PATIENCE).startswith("unsync")
-    collect()
-    assert closed.empty()
 
 
 @pytest.mark.usefixtures("fresh")
@@ -1090,26 +1064,7 @@ def test_an_iteration_that_is_left_loses_nothing(kind: str) -> None:
         assert list(iterator) == list(stream) == []
 
 
-# Memory.
-
-
-@both
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_stream_that_has_ended_leaves_no_cycle(kind: str, fails: bool) -> None:
-    def body() -> Iterator[int]:
-        yield 1
-        if fails:
-            raise Boom
-
-    stream = marked(body, kind)()
-    channel = weakref.ref(stream._channel)
-    assert next(stream) == 1
-    if fails:
-        with pytest.raises(Boom):
-            next(stream)
-    assert list(stream) == []
-    del stream
-    wait_until_gone(channel)
+# Many values.
 
 
 @both

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, collect, wait_until
+from support.waiting import PATIENCE, collect
 
 from unsync import Unfuture, _common, unsync
 from unsync.executors import ThreadExecutor
@@ -159,21 +159,6 @@ def test_a_job_sees_the_submitters_context_and_keeps_its_changes_to_itself(
 
     assert one.submit(var.get).result(PATIENCE) == "none"
     contextvars.copy_context().run(submit)
-
-
-def test_an_idle_worker_keeps_neither_argument_nor_result_alive(one: ThreadExecutor) -> None:
-    class Thing:
-        pass
-
-    unfuture = one.submit(lambda thing: (thing, Thing()), Thing())
-    things = [weakref.ref(thing) for thing in unfuture.result(PATIENCE)]
-    del unfuture
-
-    def all_gone() -> bool:
-        collect()
-        return all(thing() is None for thing in things)
-
-    wait_until(all_gone, "the end of both")
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])

@@ -6,8 +6,9 @@ import asyncio
 import concurrent.futures
 import gc
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,8 @@ from support.waiting import (
     wait_until_suspended,
 )
 
-from unsync import Unfuture, unsync
+from unsync import AmbientContextManager, Unfuture, unsync
+from unsync.executors import ThreadExecutor
 
 
 @pytest.fixture
@@ -249,3 +251,188 @@ def test_a_run_of_calls_keeps_neither_calls_nor_results() -> None:
         return alive
 
     assert max(main().result(PATIENCE)) < 10
+
+
+# Calls of all kinds.
+
+
+def arguments(*args: object, **kwargs: object) -> tuple[object, object]:
+    return args, kwargs
+
+
+async def async_arguments(*args: object, **kwargs: object) -> tuple[object, object]:
+    return args, kwargs
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="objects have no counts here")
+@pytest.mark.parametrize("kind", ["function", "coroutine", "own executor", "own executor of ours"])
+def test_a_call_takes_and_gives_back_its_references(kind: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as theirs, ThreadExecutor(1) as ours:
+        executors = {"own executor": theirs, "own executor of ours": ours}
+        function = async_arguments if kind == "coroutine" else arguments
+        marked = unsync(function, **({"executor": executors[kind]} if kind in executors else {}))
+        value = object()
+        name = f"name{id(value)}"
+
+        def references() -> tuple[int, int]:
+            return sys.getrefcount(value), sys.getrefcount(name)
+
+        def call() -> None:
+            calls = [marked(value), marked(value, value, word=value), marked(**{name: value})]
+            for unfuture in calls:
+                unfuture.result(PATIENCE)
+
+        def given_back() -> bool:
+            collect()
+            # When the first was over, another thread may have held one for a moment more.
+            return all(now <= then for now, then in zip(references(), before, strict=True))
+
+        call()
+        collect()
+        before = references()
+        for _ in range(100):
+            call()
+        wait_until(given_back)
+
+
+class Manager:
+    """An async context manager that fails where it is to."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+
+    async def __aenter__(self) -> None:
+        await asyncio.sleep(0)
+        if self.fails == "entering":
+            raise Boom
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.sleep(0)
+        if self.fails == "leaving":
+            raise Boom
+
+
+def enter_and_fail(manager: Manager) -> None:
+    with AmbientContextManager(manager):
+        raise Boom
+
+
+async def enter_in_a_loop_and_fail(manager: Manager) -> None:
+    async with AmbientContextManager(manager):
+        raise Boom
+
+
+def enter_in_a_foreign_loop_and_fail(manager: Manager) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        # Not run_until_complete(), which leaves a cycle of its own.
+        task = loop.create_task(enter_in_a_loop_and_fail(manager))
+        task.add_done_callback(lambda _: loop.stop())
+        loop.run_forever()
+        task.result()
+    finally:
+        del task
+        loop.close()
+
+
+@pytest.mark.parametrize("fails", ["entering", "the body", "leaving"])
+@pytest.mark.parametrize("enter", [enter_and_fail, enter_in_a_foreign_loop_and_fail])
+@pytest.mark.usefixtures("no_collector")
+def test_a_failure_of_a_context_manager_leaves_no_reference_cycle(
+    enter: Callable[[Manager], None], fails: str
+) -> None:
+    manager = Manager(fails)
+    reference = weakref.ref(manager)
+    failures = []
+    try:
+        enter(manager)
+    except Boom as exc:
+        failures = [weakref.ref(each) for each in (exc, exc.__context__) if each is not None]
+    assert len(failures) == (2 if fails == "leaving" else 1)
+    del manager
+    wait_until_gone(reference, *failures)
+
+
+def some_and_perhaps_a_failure(fails: bool) -> Iterator[int]:
+    yield 1
+    if fails:
+        raise Boom
+
+
+async def the_same_in_the_loop(fails: bool) -> AsyncIterator[int]:
+    yield 1
+    if fails:
+        raise Boom
+
+
+@pytest.mark.parametrize("body", [some_and_perhaps_a_failure, the_same_in_the_loop])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.usefixtures("no_collector")
+def test_a_stream_that_has_ended_leaves_no_cycle(body: Callable[[bool], Any], fails: bool) -> None:
+    stream = unsync(body)(fails)
+    channel = weakref.ref(stream._channel)
+    assert next(stream) == 1
+    if fails:
+        with pytest.raises(Boom):
+            next(stream)
+    assert list(stream) == []
+    del stream
+    wait_until_gone(channel)
+
+
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chunks]:
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        yield Chunks(executor, monkeypatch)
+
+
+class Chunks:
+    """An executor that remembers the chunks it was given; and what happens when it is."""
+
+    def __init__(
+        self, executor: concurrent.futures.Executor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.executor = executor
+        self.submit = executor.submit
+        self.made: list[weakref.ref[Any]] = []
+        self.interrupt_at = 0
+        monkeypatch.setattr(executor, "submit", self.remember)
+
+    def remember(self, call: Any) -> concurrent.futures.Future[Any]:
+        self.made.append(weakref.ref(call._function))
+        if len(self.made) == self.interrupt_at:
+            raise KeyboardInterrupt
+        return self.submit(call)
+
+
+@pytest.mark.parametrize("in_order", [True, False, None])
+@pytest.mark.usefixtures("no_collector")
+def test_a_chunk_that_has_served_is_in_no_cycle(in_order: bool | None, chunks: Chunks) -> None:
+    gate = threading.Event()
+
+    @unsync(executor=chunks.executor)
+    def work(x: int) -> int:
+        gate.wait(PATIENCE)
+        return x
+
+    if in_order is None:
+        calls = unsync.calls(work, range(10), chunksize=4)
+        gate.set()
+        assert [call.result(PATIENCE) for call in calls] == [*range(10)]
+    else:
+        stream = unsync.map(work, range(10), chunksize=4, in_order=in_order)
+        gate.set()
+        assert sorted(stream) == [*range(10)]
+        gate.clear()
+        unsync.map(work, range(10), chunksize=4, in_order=in_order).close()
+        gate.set()
+    assert len(chunks.made) >= 3
+    wait_until_gone(*chunks.made)
+
+
+def test_chunks_that_an_interrupt_leaves_are_not_kept(chunks: Chunks) -> None:
+    chunks.interrupt_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        unsync.calls(unsync(int, executor=chunks.executor), range(6), chunksize=2)
+    assert len(chunks.made) == 2
+    wait_until_gone(*chunks.made)
