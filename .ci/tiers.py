@@ -1,6 +1,6 @@
 """The test runs of this project, tier by tier, and what runs their stages side by side.
 
-    python .ci/tiers.py TIER [--at-once N] [--before SECONDS]
+    .venv/bin/python .ci/tiers.py TIER [--at-once N] [--before SECONDS]
 
 `make test` and `make test-core` call it for their tiers, `.ci/run` and `.ci/full` for theirs. A
 stage is one command. Stages start in the order of the table, at most N at once, each when those
@@ -35,7 +35,7 @@ LIMIT_SECONDS = 3600.0
 TAIL = 80
 REASONS = 40
 
-# `make test` uses the Python that this file runs on; the tiers test the others from wheels.
+# That of .venv, which runs this file and `make test`; the tiers test the others from wheels.
 PYTHON = "{}.{}".format(*sys.version_info)
 # What must be there for a landing, oldest first: one that is missing fails it.
 PYTHONS = (os.environ.get("PYTHONS") or "3.11 3.12 3.13 3.13t").split()
