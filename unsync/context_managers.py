@@ -59,28 +59,30 @@ class _Host(Generic[T]):
     async def work(self) -> bool:
         """Whether the manager suppressed what the body was left with."""
         kind = type(self.manager)
-        try:
-            value = await kind.__aenter__(self.manager)
-        except asyncio.CancelledError as cancelled:
-            self.entered.cancel(*cancelled.args[:1])
-            return False
-        except BaseException as exc:
-            if not _set(self.entered.set_exception, _common.without_this_frame(exc)):
-                raise
-            return False
+        failure: BaseException | None = None
         interruption: BaseException | None = None
-        if _set(self.entered.set_result, value):
-            failure, interruption = await self.body()
-        else:
-            failure = interruption = asyncio.CancelledError()  # nobody waits for it any more
-        del value
-        if self.body_was_cancelled:
-            await _count_as_cancelled()
-        if interruption is not None and (_is_no_failure(failure) or self.cancelled_late):
-            # The scope that cancelled this task looks for this one, or whoever leaves the body was
-            # cancelled. As in asyncio it takes the place of a failure that is just on its way.
-            failure = interruption
         try:
+            try:
+                value = await kind.__aenter__(self.manager)
+            except asyncio.CancelledError as cancelled:
+                self.entered.cancel(*cancelled.args[:1])
+                return False
+            except BaseException as exc:
+                if not _set(self.entered.set_exception, _common.without_this_frame(exc)):
+                    raise
+                return False
+            if _set(self.entered.set_result, value):
+                failure, interruption = await self.body()
+            else:
+                failure = interruption = asyncio.CancelledError()  # nobody waits for it any more
+            del value
+            if self.body_was_cancelled:
+                await _count_as_cancelled()
+            if interruption is not None and (_is_no_failure(failure) or self.cancelled_late):
+                # The scope that cancelled this task looks for this one, or whoever leaves the body
+                # was cancelled. As in asyncio it takes the place of a failure that is just on its
+                # way.
+                failure = interruption
             if failure is None:
                 await kind.__aexit__(self.manager, None, None, None)
                 return False
@@ -91,7 +93,9 @@ class _Host(Generic[T]):
                 raise failure
             return bool(suppressed)
         finally:
-            del failure, interruption, self  # whose tracebacks may lead to this frame
+            # A failure's traceback leads to this frame, or to that of `__aenter__`, which in newer
+            # Pythons refers to its caller's.
+            del failure, interruption, self
 
     async def body(self) -> tuple[BaseException | None, BaseException | None]:
         """What the body was left with, and what cancelled this task meanwhile.

@@ -246,17 +246,6 @@ def _look_away(call: Unfuture[Any]) -> None:
         call.exception()
 
 
-def _look(job: _Job) -> tuple[BaseException | None, Any]:
-    """Of a done one: what it failed with, else its result."""
-    try:
-        # No more questions than that: each takes the lock of a future that is not ours.
-        return None, job.result()
-    except BaseException as exc:
-        return _failure(job, exc), None
-    finally:
-        del job  # the frame that raised refers to this one
-
-
 def _failure(job: _Job, exc: BaseException) -> BaseException:
     """What a done one has failed with, if the caller caught this when it asked for its result."""
     if isinstance(exc, (asyncio.CancelledError, concurrent.futures.CancelledError)):
@@ -328,7 +317,10 @@ class _Chunk(Batch):
     def __call__(self) -> tuple[bool, list[Any]] | None:
         """In a thread: makes the calls; as `_make_each`, but nothing need be pickled."""
         arguments = self.target.arguments(self.items)
-        return False, [self.make(args) for args in arguments if not self.dropped]
+        try:
+            return False, [self.make(args) for args in arguments if not self.dropped]
+        finally:
+            del self  # a failure's frames refer to this one
 
     def make(self, args: tuple[Any, ...]) -> tuple[int, Any]:
         try:
@@ -465,9 +457,13 @@ class _Followed(_Chunk):
         self.pace.linger()
 
     def __call__(self) -> None:
-        for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
-            if call._begin():  # else it was cancelled, or somebody has set its outcome
-                call._complete(*self.make(args))
+        call: Unfuture[Any] | None = None
+        try:
+            for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
+                if call._begin():  # else it was cancelled, or somebody has set its outcome
+                    call._complete(*self.make(args))
+        finally:
+            del self, call  # a failure's frames refer to this one
 
     def drop(self) -> None:
         super().drop()
@@ -607,8 +603,13 @@ class _Single:
 
     def take(self) -> tuple[list[Any], BaseException | None]:
         """The values of a done one, and the failure that came after them."""
-        failure, result = _look(self.job)
-        return ([result], None) if failure is None else ([], failure)
+        job = self.job
+        try:
+            return [job.result()], None
+        except BaseException as exc:
+            return [], _failure(job, exc)
+        finally:
+            del self, job  # the frame that raised refers to this one
 
 
 @final
@@ -839,6 +840,7 @@ class _Outlet(_Channel[T]):
             if failure is not None:
                 dropped = self.forget()
                 self.finish(failure)
+                del part, failure  # whose frames refer to this one
                 return dropped
         if self.source is None and not self.feeding and not self.parts:
             broken, self.broken = self.broken, None

@@ -436,3 +436,49 @@ def test_chunks_that_an_interrupt_leaves_are_not_kept(chunks: Chunks) -> None:
         unsync.calls(unsync(int, executor=chunks.executor), range(6), chunksize=2)
     assert len(chunks.made) == 2
     wait_until_gone(*chunks.made)
+
+
+def fail_with(x: int) -> None:
+    raise Boom(x)
+
+
+async def fail_later_with(x: int) -> None:
+    await asyncio.sleep(0)
+    raise Boom(x)
+
+
+# Without the GIL, what a thread made may live until that thread runs again, or ends.
+
+
+@pytest.mark.parametrize("kind", ["chunks", "threads", "coroutines"])
+@pytest.mark.usefixtures("no_collector")
+def test_failures_of_many_calls_leave_no_reference_cycle(kind: str) -> None:
+    make = ThreadExecutor if kind == "threads" else concurrent.futures.ThreadPoolExecutor
+    with make(2) as executor:
+        if kind == "coroutines":
+            calls = unsync.calls(unsync(fail_later_with), range(9))
+        else:
+            calls = unsync.calls(unsync(fail_with, executor=executor), range(9), chunksize=4)
+        failures = [weakref.ref(call.exception(PATIENCE)) for call in calls]
+    assert len(failures) == 9
+    del calls
+    wait_until_gone(*failures)
+
+
+@pytest.mark.parametrize("kind", ["threads", "coroutines"])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.usefixtures("no_collector")
+def test_a_failure_in_a_stream_of_results_leaves_no_reference_cycle(
+    kind: str, in_order: bool
+) -> None:
+    with ThreadExecutor(2) as executor:
+        work = (
+            unsync(fail_with, executor=executor) if kind == "threads" else unsync(fail_later_with)
+        )
+        stream = unsync.map(work, range(9), in_order=in_order)
+        try:
+            next(stream)
+        except Boom as exc:
+            failure = weakref.ref(exc)
+        del stream
+    wait_until_gone(failure)
