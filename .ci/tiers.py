@@ -241,8 +241,11 @@ def full() -> list[Stage]:
         stages.append(program("run-parallel", python, "compiled", *plugin))
         stages[-1].needs += tuple(f"{folder} on {python}, compiled" for folder in FOLDERS)
         options = ("--parallel-threads", "4", "--skip-thread-unsafe", "1", "-p", "no:randomly")
-        stages.append(installed_suite("in threads", python, "compiled", "tests/core", *options))
-        stages[-1].needs += (stages[-2].name,)
+        made = stages[-1].name
+        for folder in FOLDERS:
+            name = f"{folder} in threads"
+            stages.append(installed_suite(name, python, "compiled", f"tests/{folder}", *options))
+            stages[-1].needs += (made,)
     return stages
 
 

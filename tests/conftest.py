@@ -48,16 +48,23 @@ def pytest_sessionstart() -> None:
 
 
 # A test may be run by several threads at once, which then share its fixtures. These may be shared.
+# Of the others some set what all threads share, as `fresh` does; some are an executor or a folder
+# of the test's own; and most start programs, as `run_python` does: four threads would only start
+# four of them, each in a process of its own.
 SHAREABLE = {
     "_foreign_loop",
     "_frozen",
     "_hurry",
     "_leaves_nothing",
     "_looks_often",
+    "closed_in_the_end",
     "foreign",
+    "in_thread",
     "loop",
     "outcomes",
+    "pool",
     "request",
+    "spawned",
     "without_cloudpickle",
 }
 

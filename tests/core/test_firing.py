@@ -198,6 +198,7 @@ def test_a_chain_of_callbacks_is_as_long_as_one_likes(kind: str) -> None:
     assert all(unfuture.done() for unfuture in chain)
 
 
+@pytest.mark.alone  # how large stacks are is set for all threads
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chain_of_callbacks_needs_little_stack(kind: str) -> None:
     # Python 3.13 needs more stack to free what is nested so deeply, be it a list, so not in there.

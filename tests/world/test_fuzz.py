@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.waiting import PATIENCE
+
+pytestmark = pytest.mark.alone  # a program of its own, with threads enough
 
 FUZZ = Path(__file__).parent.parent / "support" / "fuzz.py"
 SECONDS = 5

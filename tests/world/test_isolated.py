@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support.waiting import PATIENCE
 
+pytestmark = pytest.mark.alone  # each is a program of its own
+
 FOLDER = Path(__file__).parent / "isolated"
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.waiting import PATIENCE
 
+pytestmark = pytest.mark.alone  # a program of its own, with threads enough
+
 SECONDS = 2
 
 
