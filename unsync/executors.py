@@ -83,8 +83,9 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
 
     It differs from its parent in four ways: `submit` returns an `Unfuture`; functions see the
     submitter's context variables; while a function of the pool waits for an Unfuture, a spare
-    thread takes its place, so that functions may wait for other functions of the pool; and at
-    interpreter exit it does not wait for ever for what still runs, since its threads are daemonic.
+    thread takes its place, so that functions may wait for other functions of the pool; and while
+    the interpreter's exit waits for its functions, these may call others, and Ctrl-C or
+    `unsync.exit_timeout` end the wait, since its threads are daemonic.
 
     :param max_workers: how many functions run at most, not counting those that wait for an
         Unfuture; threads start as they are needed. So 1 is not one thread: see
