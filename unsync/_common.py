@@ -611,7 +611,15 @@ def log_unseen_failure(unfuture: Unfuture[Any], exc: BaseException) -> None:
 
 
 def _unseen_message(unfuture: Unfuture[Any]) -> str:
-    return f"{type(unfuture).__name__} exception was never retrieved"
+    return f"{type(unfuture).__name__}{_NEVER_RETRIEVED}"
+
+
+_NEVER_RETRIEVED = " exception was never retrieved"  # asyncio's words
+
+
+def is_unseen_message(text: str) -> bool:
+    """Whether it reports a failure that nobody looked at: asyncio adds lines to it."""
+    return text.partition("\n")[0].endswith(_NEVER_RETRIEVED)
 
 
 def is_of_the_exit(exc: BaseException) -> bool:

@@ -26,7 +26,7 @@ from unsync._common import LOOK_AGAIN_SECONDS, Latch, monotonic
 if TYPE_CHECKING:
     from unsync._backend import Mailbox, Unfuture
 
-__all__ = ["Drain", "after_fork", "summary"]
+__all__ = ["Drain", "after_fork", "pending_now", "summary", "wait_for_end"]
 
 # The drains for which the calls count that are made in this context.
 _marks: ContextVar[tuple[Drain, ...]] = ContextVar("unsync drains")
@@ -204,14 +204,12 @@ class Drain:
 
         It may be called again to wait for longer.
         """
-        if not _wait_for(self._saw_loop, until):
+        if not self.look(until):
             return False
-        if self._failure is not None:
-            raise self._failure
         while True:
             while self._left:
                 unfuture = self._left[0]
-                if unfuture not in _common.apart and not _wait_for_end(unfuture, until):
+                if unfuture not in _common.apart and not wait_for_end(unfuture, until):
                     return False
                 self._left.popleft()
             # Who is told of the end of a job may be told before the worker calls the continuations
@@ -222,6 +220,14 @@ class Drain:
                     return False
             elif not self._left:
                 return True
+
+    def look(self, until: float | None) -> bool:
+        """Whether the loop has been looked into by then."""
+        if not _wait_for(self._saw_loop, until):
+            return False
+        if self._failure is not None:
+            raise self._failure
+        return True
 
     def is_through(self, job: Unfuture[Any]) -> None:
         """Told by who worked on it."""
@@ -240,12 +246,19 @@ class Drain:
         return list(dict.fromkeys([*left, *self._at_hand()]))
 
 
-def _wait_for_end(unfuture: Unfuture[Any], until: float | None) -> bool:
+def wait_for_end(unfuture: Unfuture[Any], until: float | None) -> bool:
     if unfuture.done():
         return True
     ended = Latch()
     when_told(unfuture, lambda _: ended.set())
     return _wait_for(ended, until)
+
+
+def pending_now(mailbox: Mailbox | None) -> list[Unfuture[Any]]:
+    """What would be waited for; but for the coroutines of a loop that is blocked for a second."""
+    with Drain(mailbox) as drain:
+        drain.look(monotonic() + LOOK_AGAIN_SECONDS)
+        return drain.pending()
 
 
 def _wait_for(latch: Latch, until: float | None) -> bool:

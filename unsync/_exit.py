@@ -35,7 +35,7 @@ from unsync._drain import Drain, summary
 if TYPE_CHECKING:
     from unsync._ambient import Ambient
 
-__all__ = ["End", "report_failures"]
+__all__ = ["End", "all_unfutures", "report_failures"]
 
 # After so many seconds a line on stderr says what is waited for.
 _SILENCE = 2.0
@@ -172,7 +172,7 @@ def report_failures() -> None:
     uncaught = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     known = {*map(id, _related(uncaught))}
     kinds: dict[tuple[str, type], list[tuple[Unfuture[Any], BaseException]]] = {}
-    for unfuture in _all_unfutures():
+    for unfuture in all_unfutures():
         failure = take_unseen(unfuture)
         if failure is not None and id(failure) not in known and not is_of_the_exit(failure):
             known.add(id(failure))
@@ -194,7 +194,7 @@ def report_failures() -> None:
         logger.error("and %d more calls of other functions failed", len(others))
 
 
-def _all_unfutures() -> list[Unfuture[Any]]:
+def all_unfutures() -> list[Unfuture[Any]]:
     return [each for each in gc.get_objects() if issubclass(type(each), Unfuture)]
 
 

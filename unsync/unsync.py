@@ -36,6 +36,7 @@ from unsync._common import monotonic
 from unsync.executors import Engine
 
 if TYPE_CHECKING:
+    from unsync._backend import Mailbox
     from unsync.context_managers import AmbientContextManager
     from unsync.streams import Stream
 
@@ -211,6 +212,11 @@ def _until(timeout: float | None) -> float | None:
 
 def _left(until: float | None) -> float | None:
     return None if until is None else max(0.0, until - monotonic())
+
+
+def ambient_mailbox() -> Mailbox | None:
+    """Of the ambient loop, if it runs."""
+    return _ambient.mailbox
 
 
 def _drain(timeout: float | None) -> bool:

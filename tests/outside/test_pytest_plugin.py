@@ -1,0 +1,135 @@
+"""The pytest plugin: which tests it fails, and with what words."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+BEGINNING = """
+import asyncio
+import threading
+
+import pytest
+
+from unsync import unsync
+
+gate = threading.Event()
+
+
+@unsync
+def fail(error):
+    raise error
+
+
+@unsync
+def save(gate):
+    gate.wait()
+
+
+"""
+
+
+def run(folder: Path, tests: str, *options: str) -> str:
+    (folder / "conftest.py").write_text('pytest_plugins = ["unsync.pytest_plugin"]\n')
+    (folder / "test_of_a_user.py").write_text(BEGINNING + tests)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    done = subprocess.run(
+        [*command, "-o", "unsync_timeout=0.1", *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.stdout
+
+
+def outcomes(output: str) -> str:
+    found = re.search(r"=+ (.*) in .*s =+\n$", output)
+    assert found is not None, output
+    return found[1]
+
+
+def test_tests_that_leave_nothing_pass(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+def test_it():
+    opened = threading.Event()
+    opened.set()
+    save(opened)
+
+def test_a_failure_that_is_looked_at():
+    with pytest.raises(OSError):
+        fail(OSError()).result()
+
+def test_a_stream_that_is_closed():
+    @unsync
+    def numbers():
+        yield from range(1000)
+    with numbers() as stream:
+        next(stream)
+""",
+    )
+    assert outcomes(output) == "3 passed"
+
+
+def test_work_that_is_left_fails_its_test_and_no_other(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+def test_it():
+    save(gate)
+    save(gate).map(print)
+
+async def heartbeat():
+    while not gate.is_set():
+        await asyncio.sleep(0.001)
+
+def test_another():
+    unsync(heartbeat)()
+
+def test_the_next_one():
+    pass
+
+def test_the_last():
+    gate.set()
+""",
+    )
+    assert outcomes(output) == "4 passed, 2 errors"
+    words = "work of this test had not ended 0.1 s after it: "
+    assert f"{words}3 calls, 2 of save(), 1 of print()" in output
+    assert f"{words}1 call of heartbeat()" in output
+
+
+def test_failures_that_nobody_looked_at(tmp_path: Path) -> None:
+    """Whether the Unfuture was dropped at once, in the test, or is still there."""
+    output = run(
+        tmp_path,
+        """
+def test_dropped():
+    fail(OSError("dropped"))
+
+def test_kept():
+    kept.append(fail(OSError("kept")))
+
+def test_in_a_cycle():
+    cycle = [fail(OSError("in a cycle"))]
+    cycle.append(cycle)
+
+def test_in_a_coroutine():
+    async def coroutine():
+        raise OSError("in a coroutine")
+    unsync(coroutine)()
+
+def test_the_next_one():
+    assert kept[0].exception()
+
+kept = []
+""",
+    )
+    assert outcomes(output) == "5 passed, 4 errors"
+    assert output.count("calls of this test failed, and nobody looked: 1") >= 4
+    for where in ("dropped", "kept", "in a cycle", "in a coroutine"):
+        assert f"OSError: {where}" in output
