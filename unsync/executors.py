@@ -513,12 +513,11 @@ def calls_elsewhere(in_pools: bool) -> list[Unfuture[Any]]:
 
 def collect_forgotten_calls() -> None:
     """Those whose executors are not there any more."""
-    found = [reference() for reference in list(_elsewhere.values())]
-    for elsewhere in found:
-        if elsewhere is not None:
-            show_to_collector(elsewhere.calls)
-    if found:
-        del elsewhere, found
+    if _elsewhere:
+        for reference in list(_elsewhere.values()):
+            if (elsewhere := reference()) is not None:
+                show_to_collector(elsewhere.calls)
+        elsewhere = None
         gc.collect()
 
 

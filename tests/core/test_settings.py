@@ -301,6 +301,20 @@ def test_a_number_that_is_patched_comes_back_as_it_was_assigned() -> None:
     assert unsync.exit_timeout is None
 
 
+@pytest.mark.parametrize(
+    ("timeout", "error", "words"),
+    [
+        ("2", TypeError, "must be a number of seconds, or None, not '2'"),
+        (-1, ValueError, "must be at least 0, not -1"),
+        (float("nan"), ValueError, "not nan"),
+    ],
+)
+def test_an_exit_timeout_that_is_none(timeout: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        unsync.exit_timeout = timeout
+    assert unsync.exit_timeout is None
+
+
 def test_the_attributes_of_the_class_are_its_own_and_what_was_assigned() -> None:
     before = vars(unsync)
     settings = {"exit_timeout", "loop_factory", "process_executor", "thread_executor"}

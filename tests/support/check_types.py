@@ -306,6 +306,11 @@ with manager(1) as inside:
 
 assert_type(unsync.loop, asyncio.AbstractEventLoop)
 assert_type(unsync.shutdown(1), bool)
+assert_type(unsync.shutdown(1, drain=True), bool)
+assert_type(unsync.drain(), bool)
+assert_type(unsync.exit_timeout, float | None)
+unsync.exit_timeout = 2.5
+unsync.exit_timeout = None
 assert_type(unsync.stats().coroutines.pending, int)
 assert_type(unsync.stats().loop_lag, float)
 unsync.loop_factory = asyncio.new_event_loop
