@@ -171,9 +171,13 @@ class _LoopBell:
         loop = self.loop()
         if loop is None or self._has_rung:
             return
-        self._has_rung = True
-        with suppress(RuntimeError):  # it is closed
+        try:
+            self._has_rung = True
             loop.call_soon_threadsafe(self._run)
+        except BaseException as exc:
+            self._has_rung = False  # a Ctrl-C, say: whoever rings next tries again
+            if type(exc) is not RuntimeError or not loop.is_closed():
+                raise
 
     def _run(self) -> None:
         self._has_rung = False
