@@ -479,8 +479,9 @@ class _Elsewhere:
     def __call__(self, future: object) -> None:
         """The last to hear of it: all who wait for the calls have been told."""
         _elsewhere.pop(id(self), None)
+        calls, self.calls = self.calls, []  # the future keeps what it has called
         if when_back is not None:
-            for call in self.calls:
+            for call in calls:
                 when_back(call)
 
 
