@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import gc
 import itertools
 import os
 import sys
@@ -515,6 +514,8 @@ def calls_elsewhere(in_pools: bool) -> list[Unfuture[Any]]:
 def collect_forgotten_calls() -> None:
     """Those whose executors are not there any more."""
     if _elsewhere:
+        import gc  # only who drains needs it
+
         for reference in list(_elsewhere.values()):
             if (elsewhere := reference()) is not None:
                 show_to_collector(elsewhere.calls)
