@@ -72,7 +72,7 @@ class End:
     def finish_processes(self) -> None:
         """The same, where `concurrent.futures` would end the pool next: it takes no more work."""
         self.finish_functions()
-        self._pool.stop(_GRACE)
+        self._end_processes()
 
     def finish(self) -> None:
         """The rest: the threads of the program have ended."""
@@ -150,10 +150,18 @@ class End:
             _say(f"the exit lost {summary(lost)}")
 
     def _end_executors(self) -> None:
+        self._end_processes()
         patience = 0.0 if self._gave_up else _GRACE
         executors.stop_threads(patience)
-        self._pool.stop(patience)
         self._ambient.stop(patience)
+
+    def _end_processes(self) -> None:
+        """They have nothing to do any more. On a busy machine even their end may take long."""
+        left = None if self._until is None else max(0.0, self._until - monotonic())
+        try:
+            self._pool.stop(0.0 if self._gave_up else left)
+        except KeyboardInterrupt:
+            self._give_up([])
 
 
 # The failures that nobody looked at. While a program runs, each is reported when its Unfuture is

@@ -762,19 +762,21 @@ class ProcessPool:
             return True
         if manager is threading.current_thread():
             return False  # it cannot wait for itself
-        # It waits for the processes. Nobody else may, or each could miss what the other saw.
-        manager.join(timeout)
-        if not manager.is_alive():
-            return True
-        for process in processes:
-            process.terminate()
-        manager.join(_TERMINATE_SECONDS)
-        if manager.is_alive():
-            # Under fork they have the program's own signal handlers, and some do not end.
-            for process in processes:
-                process.kill()
-            manager.join(_TERMINATE_SECONDS)
-        return False
+        try:
+            # It waits for the processes. Nobody else may, or each could miss what the other saw.
+            manager.join(timeout)
+        finally:  # after a Ctrl-C as well
+            ended = not manager.is_alive()
+            if not ended:
+                for process in processes:
+                    process.terminate()
+                manager.join(_TERMINATE_SECONDS)
+            if manager.is_alive():
+                # Some have the program's own signal handlers, and do not end.
+                for process in processes:
+                    process.kill()
+                manager.join(_TERMINATE_SECONDS)
+        return ended
 
     def after_fork(self) -> None:
         """In the child: the pool's processes are the parent's children, not ours."""
