@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,12 @@ def load(service: Service, path: str, body: str, connections: int, seconds: floa
     command += ["wrk", "--threads", "1", "--connections", str(connections), "--duration", "1h"]
     command += ["--timeout", f"{PATIENCE:.0f}s", "--script", str(HERE / "check.lua")]
     command += [service.url + path, "--", body]
+    release = _hold_signals()  # one that struck in between would leave it to its hour
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as wrk:
         try:
+            release()
             time.sleep(seconds)  # it counts in whole seconds itself, and ends well on SIGINT
             said = _interrupt(wrk)
         finally:
@@ -139,6 +141,23 @@ def load(service: Service, path: str, body: str, connections: int, seconds: floa
     if wrk.returncode:
         raise RuntimeError(f"wrk failed:\n{said}")
     return json.loads(said.splitlines()[-1])
+
+
+def _hold_signals() -> Callable[[], None]:
+    """Has SIGINT and SIGTERM wait until what it gives is called."""
+    held: list[int] = []
+    former = {
+        number: signal.signal(number, lambda number, _: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+    def release() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        for each in held:
+            signal.raise_signal(each)
+
+    return release
 
 
 def _interrupt(wrk: subprocess.Popen[str]) -> str:
