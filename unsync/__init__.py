@@ -53,9 +53,9 @@ if not TYPE_CHECKING:  # which would take any name for one that is there
             # nothing was installed, as in a frozen program or a zip file, or something is left of
             # it, which Python 3.15 tells by other exceptions.
             try:
-                from importlib.metadata import version
+                from importlib.metadata import metadata
 
-                return version("unsync") or "unknown"
+                return metadata("unsync").get("Version", "unknown")
             except (ImportError, OSError, LookupError):
                 return "unknown"
         if name not in _LATER:
