@@ -16,7 +16,7 @@ import pytest
 from support import leftovers
 from support.waiting import PATIENCE, collect
 
-from unsync import unsync
+from unsync import executors, unsync
 from unsync.executors import ThreadExecutor
 
 # Libraries that are large, or that change how threads, loops or processes behave.
@@ -36,6 +36,9 @@ def _frozen() -> Iterator[None]:
     present = sorted(HEAVY & {*sys.modules})
     assert not present, f"tests/core runs in a process that has imported {', '.join(present)}"
     if hasattr(gc, "freeze"):
+        # Frozen they would wait for ever, and who drains for them: some executors of tests forget
+        # their calls.
+        executors.collect_forgotten_calls()
         gc.collect()
         gc.freeze()
     before = leftovers.threads()
