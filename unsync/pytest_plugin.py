@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from time import monotonic
 from typing import Any
 
 import pytest
 
 from unsync import _drain, _exit
 from unsync._backend import Unfuture, take_unseen
-from unsync._common import is_unseen_message
+from unsync._common import is_unseen_message, monotonic
 from unsync.unsync import ambient_mailbox
 
 __all__ = ["pytest_addoption", "unsync_leaves_nothing"]
