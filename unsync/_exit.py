@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from unsync import _common, executors
 from unsync._backend import Unfuture, name_of_call, take_unseen
 from unsync._common import (
+    CANCELLED,
     FAILED,
     FINISHED,
     is_of_the_exit,
@@ -142,8 +143,10 @@ class End:
                 ambient.end(until)
             self._ambient.forget(ambient)
             coroutines = ambient.given_up
-        lost = dict.fromkeys([*functions, *coroutines])
-        self._tell_of_losses([call for call in lost if _is_lost(call)])
+        lost = [call for call in dict.fromkeys([*functions, *coroutines]) if _is_lost(call)]
+        self._tell_of_losses(lost)
+        for call in lost:  # a thread of the program may wait for it, and Python for that thread
+            call._complete(CANCELLED, "the interpreter exits")
 
     def _tell_of_losses(self, lost: list[Unfuture[Any]]) -> None:
         if lost:

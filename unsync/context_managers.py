@@ -111,6 +111,10 @@ class _Host(Generic[T]):
                 if interruption is None:
                     interruption = cancelled
                     self.interrupt()
+                if _common.exiting:
+                    # No body is left that could end but those in daemonic threads, which may never
+                    # do so.
+                    _set(self.left.set_result, cancelled)
 
     def abort(self) -> None:
         """Who wanted to enter goes away."""

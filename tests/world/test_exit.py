@@ -524,6 +524,64 @@ def test_the_end_of(program: str, end: Callable[..., str]) -> None:
     assert end(BEGINNING + text) == output
 
 
+def test_context_managers_are_left_whose_bodies_do_not_end(end: Callable[..., str]) -> None:
+    program = """
+import contextlib
+
+@unsync
+@contextlib.asynccontextmanager
+async def resource(name):
+    try:
+        yield name
+    finally:
+        await asyncio.sleep(0.01)
+        print(name)
+
+def use():
+    with resource("in a daemonic thread"):
+        begun.set()
+        time.sleep(3600)
+
+async def use_in_loop():
+    await resource("in a loop that stopped").__aenter__()
+
+kept = resource("by hand")
+kept.__enter__()
+loop = asyncio.new_event_loop()
+loop.run_until_complete(use_in_loop())
+atexit.register(loop.close)
+threading.Thread(target=use, daemon=True).start()
+assert begun.wait(60)
+"""
+    output = end(BEGINNING + program)
+    assert sorted(output.splitlines()) == [
+        "by hand",
+        "in a daemonic thread",
+        "in a loop that stopped",
+    ]
+
+
+def test_who_waits_for_what_is_lost_is_told(run_python: Run) -> None:
+    """Else Python would wait for that thread for ever."""
+    program = """
+unsync.exit_timeout = 0.1
+
+def wait():
+    try:
+        sleep().result()
+    except asyncio.CancelledError as exc:
+        print(exc)
+
+threading.Thread(target=wait).start()
+assert begun.wait(60)
+"""
+    done = run_python(BEGINNING + program)
+    assert (done.stdout, done.stderr) == (
+        "the interpreter exits\n",
+        "unsync: the exit lost 1 call of sleep()\n",
+    )
+
+
 SLOW = f"""
 {BEGINNING}
 import signal
