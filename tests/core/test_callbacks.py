@@ -428,7 +428,7 @@ def test_one_that_raises_in_a_loop_is_logged_and_stops_no_other(
     wait_until(lambda: "bad" in caplog.text, "its text")
 
 
-@pytest.mark.alone
+@pytest.mark.alone  # it sets the loop's debug mode
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("where", ["ambient", "foreign"])
 def test_a_marked_coroutine_function_can_be_a_callback(where: str, debug: bool) -> None:
@@ -481,6 +481,7 @@ def test_a_plain_coroutine_function_cannot_be_a_callback_in_debug_mode(
     assert "coroutines cannot be used" in caplog.text
 
 
+@pytest.mark.alone  # it sets the loop's exception handler and debug mode
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("finisher", ["thread", "loop"])
 def test_the_loops_exception_handler_hears_of_one_that_raises(

@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import copy
 import functools
-import gc
 import inspect
 import itertools
 import logging
@@ -18,7 +17,6 @@ import pickle
 import sys
 import threading
 import types
-import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
@@ -527,22 +525,6 @@ def test_a_marked_function_that_is_marked_again_runs_in_a_thread(
     inner = unsync(unsync(function))("value").result(PATIENCE)
     assert isinstance(inner, Unfuture)
     assert inner.result(PATIENCE)[0] == "value"
-
-
-@pytest.mark.skipif(not hasattr(sys, "getrefcount"), reason="nothing is freed at once")
-@pytest.mark.parametrize("function", [where, async_where])
-def test_a_marked_function_is_freed_without_the_garbage_collector(
-    function: Callable[..., Any],
-) -> None:
-    was_at_work = gc.isenabled()
-    gc.disable()
-    try:
-        marked = unsync(function)
-        gone = weakref.ref(marked)
-        del marked
-        assert gone() is None
-    finally:
-        (gc.enable if was_at_work else gc.disable)()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

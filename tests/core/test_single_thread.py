@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import ctypes
-import gc
 import logging
 import sys
 import threading
@@ -1019,21 +1018,6 @@ def test_it_is_known_by_the_function_s_name(one: SingleThreadExecutor) -> None:
     assert call.result(PATIENCE)
     assert queued.result(PATIENCE)
     assert "load" in repr(call)
-
-
-def test_a_failure_keeps_nothing_alive(one: SingleThreadExecutor) -> None:
-    def fail(argument: object) -> None:
-        raise OSError
-
-    gc.collect()
-    gc.disable()
-    try:
-        call = in_loop(one.submit, fail, object())
-        assert isinstance(call.exception(PATIENCE), OSError)
-        del call
-        one.submit(int).result(PATIENCE)
-    finally:
-        gc.enable()
 
 
 def test_what_was_counted(one: SingleThreadExecutor) -> None:

@@ -23,7 +23,7 @@ from support.waiting import (
 )
 
 from unsync import AmbientContextManager, Unfuture, unsync
-from unsync.executors import ThreadExecutor
+from unsync.executors import SingleThreadExecutor, ThreadExecutor
 
 
 @pytest.fixture
@@ -264,6 +264,15 @@ async def async_arguments(*args: object, **kwargs: object) -> tuple[object, obje
     return args, kwargs
 
 
+@pytest.mark.parametrize("function", [arguments, async_arguments])
+@pytest.mark.usefixtures("no_collector")
+def test_a_marked_function_is_in_no_cycle(function: Callable[..., Any]) -> None:
+    marked = unsync(function)
+    gone = weakref.ref(marked)
+    del marked
+    assert gone() is None
+
+
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="objects have no counts here")
 @pytest.mark.parametrize("kind", ["function", "coroutine", "own executor", "own executor of ours"])
 def test_a_call_takes_and_gives_back_its_references(kind: str) -> None:
@@ -293,6 +302,20 @@ def test_a_call_takes_and_gives_back_its_references(kind: str) -> None:
         for _ in range(100):
             call()
         wait_until(given_back)
+
+
+@pytest.mark.parametrize("make", [SingleThreadExecutor, lambda: ThreadExecutor(1)])
+@pytest.mark.usefixtures("no_collector")
+def test_a_function_that_failed_keeps_nothing_alive(make: Callable[[], ThreadExecutor]) -> None:
+    def refuse(argument: object) -> None:
+        raise Boom
+
+    with make() as executor:
+        thing = Thing()
+        call = executor.submit(refuse, thing)
+        references = [weakref.ref(thing), weakref.ref(call), weakref.ref(call.exception(PATIENCE))]
+        del call, thing
+    wait_until_gone(*references)
 
 
 class Manager:
