@@ -1083,7 +1083,9 @@ cdef class Mailbox(_Line):
             unlock(self)
         waiting = [each for each in items[:count] if isinstance(each, Unfuture)]
         for each in waiting:
-            (<Unfuture>each).mark_context(mark)
+            context = (<Unfuture>each).own_context()
+            if context is not None:
+                mark(context)
         return [*self._starting, *self.live.values(), *waiting]
 
     cdef int time(self, _Item item) except -1:
@@ -2595,10 +2597,13 @@ cdef class Unfuture(_Item):
             self.complete(FAILED, exc, ANY)
         return None
 
-    cdef int mark_context(self, mark) except -1:
-        """In the loop's thread, where it waits for its turn; see `Mailbox.pending`."""
-        cdef bint waits = False
+    cdef own_context(self):
+        """The context in which it will run, while it waits for its turn; else None.
+
+        One that is empty is not kept otherwise. It is from now on, for the mark of a drain.
+        """
         context = PyContext_CopyCurrent()  # in place of an empty one
+        cdef bint waits = False
         lock(self)
         waits = self._status == PENDING and self._kind in (COROUTINE, CONTINUATION, MAPPING)
         if waits and self._extra is None:
@@ -2606,20 +2611,13 @@ cdef class Unfuture(_Item):
         elif waits:
             context = self._extra
         unlock(self)
-        if waits:
-            mark(context)
-        return 0
+        return context if waits else None
 
     cdef int note_fired(self, Unfuture source) except -1:
         """By the thread that finished the source of this continuation, while somebody watches."""
-        context = None
-        lock(self)
-        if self._status == PENDING and self._kind in (CONTINUATION, MAPPING):
-            context = self._extra
-        unlock(self)
-        if context is None:  # empty, or it is cancelled already: this one is not kept
-            context = PyContext_CopyCurrent()
-        _watcher.made(self, source, job_here(), context)
+        context = self.own_context()
+        if context is not None:  # else it is cancelled already
+            _watcher.made(self, source, job_here(), context)
         return 0
 
     cdef int go_on_now(self, Mailbox mailbox, int kind, Unfuture source, function, context):
@@ -4297,8 +4295,11 @@ cdef class JobQueue(_Line):
             if worker.job is not None:
                 worker.job.complete(FAILED, exc, ANY)
                 lock(self)
-                self.count_ended(worker.job, begun)
+                done, worker.job = worker.job, None
+                self.count_ended(done, begun)
                 unlock(self)
+                if load(&_watching):
+                    _watcher.is_through(done)
         finally:
             this_worker = NULL
             self.delist(worker)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import queue
 import threading
 from collections import Counter
@@ -162,6 +163,25 @@ def test_continuations_that_are_there(
     gate.set()
     assert drain.answer()
     assert last.result(0) == "the end"
+
+
+def test_what_continuations_call_that_are_there(
+    draining: Callable[[], Draining], gate: threading.Event
+) -> None:
+    """And do not wait for; also where they were made in a context without any variable."""
+    go = threading.Event()
+    first = wait_for(go)
+
+    def call(_: object) -> None:
+        wait_for(gate)
+
+    last = contextvars.Context().run(first.map, call)
+    drain = draining()
+    go.set()
+    last.result(PATIENCE)
+    assert drain.waits_for("wait_for")
+    gate.set()
+    assert drain.answer()
 
 
 def test_continuations_that_come(draining: Callable[[], Draining], gate: threading.Event) -> None:
