@@ -631,6 +631,21 @@ cdef class _Item:
         raise NotImplementedError
 
 
+cdef Py_ssize_t note_linked(_Item item, list items) noexcept:
+    """In the section: puts it and those linked to it into the list, as far as there is room.
+
+    Returns how many there are: with more than fit the caller makes another list, outside of the
+    section. Nothing may be allocated in there, since the collector would run what users wrote.
+    """
+    cdef Py_ssize_t room = len(items), count = 0
+    while item is not None:
+        if count < room:
+            items[count] = item
+        count += 1
+        item = item.link
+    return count
+
+
 cdef class _Line:
     """Items in the order they came; all of it belongs to the section of whoever it is part of."""
 
@@ -1066,20 +1081,11 @@ cdef class Mailbox(_Line):
         :param mark: is called with the contexts in which those that wait will run.
         """
         cdef list items = []
-        cdef Py_ssize_t room = -1, count = 0
-        cdef _Item item = None
-        while room < count:
-            # Nothing may be allocated in the section: see `JobQueue.pending`.
+        cdef Py_ssize_t count = 1
+        while len(items) < count:
             items = [None] * (count + 8)
-            room = len(items)
-            count = 0
             lock(self)
-            item = self._first
-            while item is not None:
-                if count < room:
-                    items[count] = item
-                count += 1
-                item = item.link
+            count = note_linked(self._first, items)
             unlock(self)
         waiting = [each for each in items[:count] if isinstance(each, Unfuture)]
         for each in waiting:
@@ -1516,20 +1522,11 @@ def name_of_call(Unfuture unfuture not None):
 def waiting_upon(Unfuture unfuture not None):
     """Its continuations, and those that are to have its outcome."""
     cdef list waiters = []
-    cdef Py_ssize_t room = -1, count = 0
-    cdef _Item item = None
-    while room < count:
-        # Nothing may be allocated in the section: see `JobQueue.pending`.
+    cdef Py_ssize_t count = 1
+    while len(waiters) < count:
         waiters = [None] * (count + 8)
-        room = len(waiters)
-        count = 0
         lock(unfuture)
-        item = unfuture._chain
-        while item is not None:
-            if count < room:
-                waiters[count] = item
-            count += 1
-            item = item.link
+        count = note_linked(unfuture._chain, waiters)
         unlock(unfuture)
     found = []
     for waiter in waiters[:count]:
@@ -4366,33 +4363,25 @@ cdef class JobQueue(_Line):
 
     def pending(self):
         """The jobs that wait for a worker, and those that workers are at, also if they are done."""
-        cdef list queued, at_work
-        cdef Py_ssize_t room = 0, count = 0, number = 0
-        cdef _Item item = None
+        cdef list queued = [], at_work = []
+        cdef Py_ssize_t count = 1, number = 1, room = 0
         cdef _Worker worker = None
-        while True:
-            # Nothing may be allocated in the section: the collector would run what users wrote.
+        while len(queued) < count or len(at_work) < number:
             queued = [None] * (count + 8)
             at_work = [None] * (number + 8)
-            room = len(queued)
-            count = number = 0
-            lock(self)
-            item = self._first
-            while item is not None:
-                if count < room:
-                    queued[count] = item
-                count += 1
-                item = item.link
             room = len(at_work)
+            number = 0
+            lock(self)
+            count = note_linked(self._first, queued)
             worker = self._all
             while worker is not None:
-                if number < room and worker.job is not None:
-                    at_work[number] = worker.job
-                number += worker.job is not None
+                if worker.job is not None:
+                    if number < room:
+                        at_work[number] = worker.job
+                    number += 1
                 worker = worker.next
             unlock(self)
-            if count <= len(queued) and number <= len(at_work):
-                return queued[:count], at_work[:number]
+        return queued[:count], at_work[:number]
 
     def wait(self, timeout):
         """After `close`: waits up to `timeout` seconds for the last worker's end; whether it came.
