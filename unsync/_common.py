@@ -389,6 +389,11 @@ def check_timeout(timeout: float) -> None:
         raise ValueError("a timeout is a number of seconds, not nan")
 
 
+def seconds_left(until: float | None) -> float | None:
+    """Until that time on the monotonic clock; None for ever."""
+    return None if until is None else max(0.0, until - monotonic())
+
+
 def check_outcome(status: int, outcome: object) -> None:
     """For what the core is told by others.
 

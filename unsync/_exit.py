@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -89,31 +90,41 @@ class End:
         self._end_executors()
         report_failures()
 
-    def _wait_for(self, drain: Drain) -> bool:
-        if not self._has_told:
-            silence = self._began + _SILENCE
-            if drain.wait(silence if self._until is None else min(silence, self._until)):
-                return True
-            if (self._until is None or monotonic() < self._until) and (left := drain.pending()):
-                self._tell(f"the exit waits for {summary(left)}")
-        return drain.wait(self._until)
+    def _wait_in_silence(
+        self,
+        wait: Callable[[float | None], bool],
+        until: float,
+        left: Callable[[], list[Unfuture[Any]]],
+        what: str,
+    ) -> bool:
+        """Whether it was over by then. If not it is told, once in all, what is still waited for.
 
-    def _tell(self, text: str) -> None:
-        """Once, what is waited for."""
-        self._has_told = True
-        bound = "" if self._until is None else ", and so does unsync.exit_timeout"
-        _say(f"{text} (Ctrl-C ends the wait{bound})")
+        :param wait: waits until then, and says whether it is over.
+        """
+        if self._has_told:
+            return False
+        if wait(until if self._until is None else min(until, self._until)):
+            return True
+        if (self._until is None or monotonic() < self._until) and (calls := left()):
+            self._has_told = True
+            bound = "" if self._until is None else ", and so does unsync.exit_timeout"
+            _say(f"the exit waits for {what}{summary(calls)} (Ctrl-C ends the wait{bound})")
+        return False
+
+    def _wait_for(self, drain: Drain) -> bool:
+        silence = self._began + _SILENCE
+        return self._wait_in_silence(drain.wait, silence, drain.pending, "") or drain.wait(
+            self._until
+        )
 
     def _cancel_coroutines(self) -> None:
         ambient = self._ambient.begin_to_stop(self._until)
         if ambient is None:
             return
-        if not self._has_told:
-            silence = max(self._began + _SILENCE, monotonic() + _GRACE)
-            if not ambient.join(silence if self._until is None else min(silence, self._until)):
-                left = list(ambient.mailbox.live.values())
-                if left and (self._until is None or monotonic() < self._until):
-                    self._tell(f"the exit waits for what was cancelled: {summary(left)}")
+        silence = max(self._began + _SILENCE, monotonic() + _GRACE)
+        live = ambient.mailbox.live
+        what = "what was cancelled: "
+        self._wait_in_silence(ambient.join, silence, lambda: list(live.values()), what)
         ambient.end(self._until)
         self._ambient.forget(ambient)
         self._tell_of_losses(ambient.given_up)
@@ -160,9 +171,8 @@ class End:
 
     def _end_processes(self) -> None:
         """They have nothing to do any more. On a busy machine even their end may take long."""
-        left = None if self._until is None else max(0.0, self._until - monotonic())
         try:
-            self._pool.stop(0.0 if self._gave_up else left)
+            self._pool.stop(0.0 if self._gave_up else _common.seconds_left(self._until))
         except KeyboardInterrupt:
             self._give_up([])
 

@@ -191,7 +191,7 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
         # no part in it, and cannot be waited for.
         threads = [thread for thread in list(self._threads) if thread.is_alive()]
         for thread in threads:
-            thread.join(None if until is None else max(0.0, until - monotonic()))
+            thread.join(_common.seconds_left(until))
         return not any(thread.is_alive() for thread in threads)
 
     def when_refused(self, function: Callable[[], object]) -> None:

@@ -210,10 +210,6 @@ def _until(timeout: float | None) -> float | None:
     return None if timeout > threading.TIMEOUT_MAX else monotonic() + timeout
 
 
-def _left(until: float | None) -> float | None:
-    return None if until is None else max(0.0, until - monotonic())
-
-
 def ambient_mailbox() -> Mailbox | None:
     """Of the ambient loop, if it runs."""
     return _ambient.mailbox
@@ -244,21 +240,21 @@ def _shutdown(timeout: float | None, drain: bool) -> bool:
     _ambient.check_not_inside("shutdown")
     drained = True
     if drain:
-        drained = _drain(_left(until))
+        drained = _drain(_common.seconds_left(until))
         if until is not None:
             until = max(until, monotonic() + _CLEAN_UP_SECONDS)
-    patience = _left(until)
+    patience = _common.seconds_left(until)
     if executors.in_thread_of_a_pool():
         patience = 0.0  # another shutdown would wait for this thread
     if not _ending.acquire(timeout=-1.0 if patience is None else patience):
         return False
     try:
         # Coroutines first: what they await in the executors is cancelled with them.
-        ended = _ambient.stop(_left(until))
-        ended = _threads.stop(_left(until)) and ended
-        ended = _processes.pool.stop(_left(until)) and ended
+        ended = _ambient.stop(_common.seconds_left(until))
+        ended = _threads.stop(_common.seconds_left(until)) and ended
+        ended = _processes.pool.stop(_common.seconds_left(until)) and ended
         # What ended last may have called a coroutine or a continuation, and so started the loop.
-        return _ambient.stop(_left(until)) and ended and drained
+        return _ambient.stop(_common.seconds_left(until)) and ended and drained
     finally:
         _ending.release()
 
