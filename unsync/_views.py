@@ -2,6 +2,10 @@
 
 Made only when asked for. The Unfuture stays in charge: what is asked of a view is asked of it, and
 its outcome is the view's.
+
+It is set by the two functions at the end, and is no argument of `__init__`, which anybody can call
+again, with the class itself, say: up to 3.13.0 CPython crashes where code that has called a method
+of instances calls it of their class, without arguments (`str.split()`). A fuzz test came upon that.
 """
 
 from __future__ import annotations
@@ -37,20 +41,13 @@ WhenDone = Callable[["Unfuture[Any]", Callable[["Unfuture[Any]"], object]], None
 class _AsyncioView(asyncio.Future[T]):
     """Belongs to one loop, as every asyncio future does."""
 
-    def __init__(
-        self,
-        unfuture: Unfuture[T],
-        loop: asyncio.AbstractEventLoop,
-        in_worker: Callable[[], bool],
-    ) -> None:
-        super().__init__(loop=loop)
-        self._unfuture = unfuture
-        self._in_worker = in_worker
-        # How many callbacks were added in a thread of a pool, whose loop waits by them.
-        self._waiting = 0
-        # The last one whose answer comes later. They are answered in the order they were made, so
-        # if this one was heard, so were those before it.
-        self._request: CancelRequest | None = None
+    _unfuture: Unfuture[T]
+    _in_worker: Callable[[], bool]
+    # How many callbacks were added in a thread of a pool, whose loop waits by them.
+    _waiting: int = 0
+    # The last one whose answer comes later. They are answered in the order they were made, so if
+    # this one was heard, so were those before it.
+    _request: CancelRequest | None = None
 
     def cancel(self, msg: Any | None = None) -> bool:
         request = CancelRequest(msg)
@@ -142,17 +139,9 @@ class _AsyncioView(asyncio.Future[T]):
 
 
 class _ConcurrentView(concurrent.futures.Future[T]):
-    def __init__(
-        self,
-        unfuture: Unfuture[T],
-        in_worker: Callable[[], bool],
-        pool_wait: PoolWait,
-    ) -> None:
-        super().__init__()
-        self._unfuture = unfuture
-        self._in_worker = in_worker
-        # For wait() and as_completed().
-        self._waiters: list[Any] = WaiterList(pool_wait)
+    _unfuture: Unfuture[T]
+    _in_worker: Callable[[], bool]
+    _waiters: list[Any]  # for wait() and as_completed()
 
     def cancel(self) -> bool:
         return self._unfuture.cancel()
@@ -242,7 +231,9 @@ def asyncio_view(
     when_done: WhenDone,
     in_worker: Callable[[], bool],
 ) -> asyncio.Future[T]:
-    view = _AsyncioView(unfuture, loop, in_worker)
+    view: _AsyncioView[T] = _AsyncioView(loop=loop)
+    view._unfuture = unfuture
+    view._in_worker = in_worker
     if unfuture.done():
         view.follow()  # here and now: nobody else has it yet
     else:
@@ -257,7 +248,10 @@ def concurrent_view(
     in_worker: Callable[[], bool],
     pool_wait: PoolWait,
 ) -> concurrent.futures.Future[T]:
-    view = _ConcurrentView(unfuture, in_worker, pool_wait)
+    view: _ConcurrentView[T] = _ConcurrentView()
+    view._unfuture = unfuture
+    view._in_worker = in_worker
+    view._waiters = WaiterList(pool_wait)
     if unfuture.done():
         view.follow()  # nobody else has it yet
     else:

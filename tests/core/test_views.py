@@ -256,3 +256,17 @@ def test_an_executor_of_ones_own_may_serve_a_concurrent_view() -> None:
     failing.concurrent_future.set_exception(Boom())
     with pytest.raises(Boom):
         failing.result(PATIENCE)
+
+
+# Of both.
+
+
+def test_a_view_cannot_be_given_what_is_no_unfuture() -> None:
+    """With a class in its place CPython itself would crash: see `_views.py`."""
+
+    async def main() -> asyncio.Future[int]:
+        return Unfuture[int]().future
+
+    for view in (asyncio.run(main()), Unfuture[int]().concurrent_future):
+        with pytest.raises(TypeError):
+            view.__init__(Unfuture, None, None)  # type: ignore[call-arg]

@@ -29,6 +29,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 from unsync import Unfuture, _backend, unsync
+from unsync._views import _AsyncioView, _ConcurrentView
 from unsync.executors import ThreadExecutor
 
 # What waits, for as long as it is told to: its argument is a short time.
@@ -44,7 +45,8 @@ NEVER = {
 }
 
 COMPILED = {"unsync._core", "unsync._core_py"}
-OURS = (_backend.Batch, _backend.Launcher, Unfuture, asyncio.Future, concurrent.futures.Future)
+# Views, and no others of their kinds: asyncio's tasks crash if they are initialized once more.
+OURS = (_backend.Batch, _backend.Launcher, Unfuture, _AsyncioView, _ConcurrentView)
 
 
 @unsync
@@ -321,8 +323,7 @@ def main() -> None:
         thread.join(max(0.0, until - time.monotonic()) + 30)
         if thread.is_alive():
             os.write(1, f"{thread.name} is stuck in: {share.now}\n".encode())
-            faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]
-            os._exit(1)
+            os.abort()  # for faulthandler to tell where all are, and a debugger why
     calls, raised = sum(s.calls for s in shares), sum(s.raised for s in shares)
     sys.__stdout__.write(f"{calls} calls, {raised} of them raised\n")  # type: ignore[union-attr]
     sys.__stdout__.flush()  # type: ignore[union-attr]
