@@ -824,11 +824,7 @@ cdef class Mailbox(_Line):
         return 0
 
     cdef int wake(self) except -1:
-        cdef long long now = nanoseconds(monotonic())
         loop = self._loop()
-        poke(&self._rung_at, now)
-        if not peek(&self._woken_at):
-            poke(&self._woken_at, now)
         try:
             self.wake_loop(loop)
         except BaseException as exc:
@@ -847,6 +843,10 @@ cdef class Mailbox(_Line):
         return 0
 
     cdef int wake_loop(self, loop) except -1:
+        cdef long long now = nanoseconds(monotonic())
+        poke(&self._rung_at, now)
+        if not peek(&self._woken_at):
+            poke(&self._woken_at, now)
         if loop is None:
             self.close()
         elif running_loop() is loop:

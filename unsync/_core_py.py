@@ -235,8 +235,9 @@ def wake_home_again() -> None:
     mailbox = _home
     if mailbox is None:
         return
-    if mailbox._ringer is not None:
-        mailbox._ring_for_the_interrupted()
+    arming = mailbox._armed
+    if arming is not None and arming.ringer is not None:
+        mailbox._ring_for_the_interrupted(arming)
     # Asked here as well: of a wait for a `then` the call alone was 2 % of the instructions.
     if mailbox._rung_at is not None:
         mailbox._wake_again()
@@ -338,7 +339,6 @@ class Mailbox:
         "_lag",
         "_loop",
         "_reentered",
-        "_ringer",
         "_rung_at",
         "_starts",
         "_taken",
@@ -354,7 +354,7 @@ class Mailbox:
         # The order of these two operations is the protocol: a poster appends, then reads
         # `_armed`; the loop clears `_armed`, then looks at the items once more.
         self._items: deque[Any] = deque()
-        self._armed = False
+        self._armed: _Arming | None = None
         # The ambient loop's thread; None for a foreign loop.
         self.thread_id: int | None = None
         # asyncio holds tasks weakly; these have begun and must get to their end.
@@ -367,8 +367,6 @@ class Mailbox:
         # has. Any thread may write them: the worst that can come of it is a wakeup more.
         self._woken_at: float | None = None
         self._rung_at: float | None = None
-        # The thread that has armed the box, until it has woken the loop.
-        self._ringer: int | None = None
         # What follows is counted and set by the loop's thread: how often it came, how many items it
         # took, how many of those were calls, and how many began and ended; how long it took to come
         # the last time, and since when it has been at work here.
@@ -392,21 +390,28 @@ class Mailbox:
     def _post(self, item: Any) -> None:
         """Leaves `item` for the loop; `item._arrive(mailbox)` is called in its thread."""
         self._items.append(item)
-        if not self._armed:
-            self._ringer = get_ident()
-            self._armed = True
-            self._wake()
-            self._ringer = None
+        arming = self._armed
+        if arming is None:
+            arming = _Arming(get_ident())
+            try:
+                self._armed = arming
+                self._wake()
+            except BaseException:
+                # A Ctrl-C, before that had begun. Others count on this thread.
+                if self._armed is arming:
+                    self._wake()
+                raise
+            arming.ringer = None
             return
-        if self._ringer is not None:
-            self._ring_for_the_interrupted()
+        if arming.ringer is not None:
+            self._ring_for_the_interrupted(arming)
         left = len(self._items)
         if not left & (left - 1):
             self._wake_again()
 
-    def _ring_for_the_interrupted(self) -> None:
+    def _ring_for_the_interrupted(self, arming: _Arming) -> None:
         """For a handler that has interrupted this thread before that had woken the loop."""
-        if self._ringer == get_ident():
+        if arming.ringer == get_ident():
             self._wake()
 
     def _wake_again(self) -> None:
@@ -417,9 +422,6 @@ class Mailbox:
 
     def _wake(self) -> None:
         loop = self._loop()
-        self._rung_at = monotonic()
-        if self._woken_at is None:
-            self._woken_at = self._rung_at
         try:
             self._wake_loop(loop)
         except BaseException as exc:
@@ -430,11 +432,14 @@ class Mailbox:
             try:
                 self._wake_loop(loop)
             except BaseException:
-                self._armed = False  # whoever posts next must try again
+                self._armed = None  # whoever posts next must try again
                 raise
             raise
 
     def _wake_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._rung_at = monotonic()
+        if self._woken_at is None:
+            self._woken_at = self._rung_at
         if loop is None:
             self.close()
         elif running_loop() is loop:
@@ -507,16 +512,16 @@ class Mailbox:
         loop = self._loop()
         if running_loop() is not loop or loop is None:
             raise RuntimeError(f"this is for the thread of {loop!r} only")
-        self._starts = 0
-        items = self._items
-        begun = monotonic()
-        self._busy_since = begun
-        if self._woken_at is not None:
-            self._lag = begun - self._woken_at
-            self._woken_at = self._rung_at = None
-        count = 0
         outer, self._again = self._again, None
         try:
+            self._starts = 0
+            items = self._items
+            begun = monotonic()
+            self._busy_since = begun
+            if self._woken_at is not None:
+                self._lag = begun - self._woken_at
+                self._woken_at = self._rung_at = None
+            count = 0
             # In here, since these may be the user's: what they raise is the loop's to hear.
             self._debug = loop.get_debug()
             if self._is_reentered(loop):
@@ -531,10 +536,10 @@ class Mailbox:
             while True:
                 for _ in range(DRAIN_STRIDE):
                     if not items:
-                        self._armed = False
+                        arming, self._armed = self._armed, None
                         if not items:
                             return
-                        self._armed = True
+                        self._armed = arming
                     self._taken += 1
                     if self._debug:
                         self._time(items.popleft())
@@ -544,6 +549,7 @@ class Mailbox:
                 elapsed = monotonic() - begun
                 if elapsed >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
                     break
+            self._wake()
         except BaseException:
             # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the
             # other items must not suffer.
@@ -554,7 +560,6 @@ class Mailbox:
             if self._again is not None:
                 self._again.cancel()
             self._again = outer
-        self._wake()
 
     def _is_reentered(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether what the loop runs may run it in turn."""
@@ -655,7 +660,7 @@ class Mailbox:
     def close(self) -> None:
         """Abandons what is here, and leaves the box so that later items are abandoned too."""
         while True:
-            self._armed = False
+            self._armed = None
             try:
                 item = self._items.popleft()
             except IndexError:
@@ -710,6 +715,17 @@ def _hint_at_map_if_failed(task: asyncio.Task[Any]) -> None:
     status, outcome = outcome_of_asyncio(task)
     if status == FAILED:
         hint_at_map(outcome)
+
+
+@final
+class _Arming:
+    """That the loop of a box is woken, or about to be."""
+
+    __slots__ = ("ringer",)
+
+    def __init__(self, ringer: int) -> None:
+        # The thread that is to wake it, until it has.
+        self.ringer: int | None = ringer
 
 
 @final
@@ -1370,6 +1386,10 @@ def _fire_all(
     Each is taken out of the Unfuture just before it is fired. So where this is interrupted those
     whom it has not told are still there, and it can be called again.
 
+    The loops are in functions of their own here and wherever something must be done after a Ctrl-C:
+    CPython 3.12 and 3.13 look for no `except`, `finally` or `with` if it strikes as a loop jumps
+    back from an `if` at its end (python/cpython#130279).
+
     Returns what is to be raised when all is done, or None.
 
     :param raises: whether the caller will; else everything is logged.
@@ -1378,53 +1398,14 @@ def _fire_all(
     raised: BaseException | None = None
     foreign: list[tuple[_Callback, Unfuture[Any]]] = []
     entailed: list[tuple[_Callback, Unfuture[Any]]] = []
-    backlog: deque[Unfuture[Any]] | None = None
-    follower: Unfuture[Any] | None = None
+    backlog = [unfuture]
     try:
-        while True:
-            own: list[_Waiter] = []
-            ready: list[_Waiter] = []
-            last: list[_Callback] = []
-            for waiter in list(unfuture._waiting) if late is None else (late,):
-                if not isinstance(waiter, _Callback) or waiter.loop is not None:
-                    ready.append(waiter)
-                elif waiter.own:
-                    own.append(waiter)
-                else:
-                    last.append(waiter)
-            if last:
-                # Nobody can remove them from now on.
-                foreign += [(callback, unfuture) for callback in last]
-                for callback in last:
-                    if callback is not late and not unfuture._remove_waiter(callback):
-                        foreign.remove((callback, unfuture))
-            if own:
-                raised = _keep_books(unfuture, own, late, entailed, raises, raised)
-            for waiter in ready:
-                try:
-                    if waiter is not late and not unfuture._remove_waiter(waiter):
-                        continue
-                    follower = waiter._fire(unfuture)
-                except BaseException as exc:
-                    raised = _note_failure(waiter, unfuture, exc, raises, raised)
-                    follower = _fire_again(waiter, unfuture)
-                if follower is not None:
-                    if backlog is None:
-                        backlog = deque()
-                    backlog.append(follower)
-                    follower = None
-            if not backlog:
-                break
-            unfuture, late = backlog[0], None
-            del backlog[0]
+        raised = _fire_backlog(backlog, late, foreign, entailed, raises)
     except BaseException:
         # A Ctrl-C, or there is no memory, but what was given up on the way here is free now.
         # Whoever was told is not there any more.
-        _fire_all(unfuture, False)
-        if follower is not None:
-            _fire_all(follower, False)
-        while backlog:
-            _fire_all(backlog.popleft(), False)
+        for each in backlog:
+            _fire_all(each, False)
         raise
     finally:
         foreign += entailed
@@ -1433,15 +1414,59 @@ def _fire_all(
     return raised
 
 
-def _fire_again(waiter: _Waiter, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
+def _fire_backlog(
+    backlog: list[Unfuture[Any]],
+    late: _Waiter | None,
+    foreign: list[tuple[_Callback, Unfuture[Any]]],
+    entailed: list[tuple[_Callback, Unfuture[Any]]],
+    raises: bool,
+) -> BaseException | None:
+    """All waiters but callbacks without a loop; of the Unfuture there, then of its followers."""
+    raised: BaseException | None = None
+    for unfuture in backlog:  # which grows meanwhile
+        own: list[_Waiter] = []
+        ready: list[_Waiter] = []
+        last: list[_Callback] = []
+        for waiter in list(unfuture._waiting) if late is None else (late,):
+            if not isinstance(waiter, _Callback) or waiter.loop is not None:
+                ready.append(waiter)
+            elif waiter.own:
+                own.append(waiter)
+            else:
+                last.append(waiter)
+        if last:
+            # Nobody can remove them from now on.
+            foreign += [(callback, unfuture) for callback in last]
+            for callback in last:
+                if callback is not late and not unfuture._remove_waiter(callback):
+                    foreign.remove((callback, unfuture))
+        if own:
+            raised = _keep_books(unfuture, own, late, entailed, raises, raised)
+        for waiter in ready:
+            try:
+                if waiter is late or unfuture._remove_waiter(waiter):
+                    _fire(waiter, unfuture, backlog)
+            except BaseException as exc:
+                raised = _note_failure(waiter, unfuture, exc, raises, raised)
+                _fire_again(waiter, unfuture, backlog)
+        late = None
+    return raised
+
+
+def _fire(waiter: _Waiter, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
+    follower = waiter._fire(unfuture)
+    if follower is not None:
+        backlog.append(follower)
+
+
+def _fire_again(waiter: _Waiter, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
     """After something was raised in firing it: nobody else would. A callback is called once."""
     if isinstance(waiter, (_Callback, _Failed)):
-        return None
+        return
     try:
-        return waiter._fire(unfuture)
+        _fire(waiter, unfuture, backlog)
     except BaseException as exc:
         _note_failure(waiter, unfuture, exc, False, None)
-        return None
 
 
 def _keep_books(
@@ -1484,16 +1509,22 @@ def _call_back(
         # Those of the firings within this one come after its own.
         _this.later = queue
     try:
-        while queue:
-            callback, unfuture = queue.popleft()
-            try:
-                callback._call(unfuture)
-            except BaseException as exc:
-                raised = _note_failure(callback, unfuture, exc, raises, raised)
+        return _call_each(queue, raises, raised)
     finally:
         if innermost:
             _this.later = None
         _this.firings -= 1
+
+
+def _call_each(
+    queue: deque[tuple[_Callback, Unfuture[Any]]], raises: bool, raised: BaseException | None
+) -> BaseException | None:
+    while queue:
+        callback, unfuture = queue.popleft()
+        try:
+            callback._call(unfuture)
+        except BaseException as exc:
+            raised = _note_failure(callback, unfuture, exc, raises, raised)
     return raised
 
 
@@ -2647,14 +2678,15 @@ class _Tally:
         is_mine = False
         try:
             is_mine = self._adding.acquire(timeout=patience)
-            if not is_mine:
-                return None
-            while self._came:
-                self._sums[self._came.popleft()] += 1
-            return [*self._sums]
+            return self._sum_up() if is_mine else None
         finally:
             if is_mine:
                 self._adding.release()
+
+    def _sum_up(self) -> list[int]:
+        while self._came:
+            self._sums[self._came.popleft()] += 1
+        return [*self._sums]
 
 
 @final

@@ -188,14 +188,17 @@ class Drain:
         assert self._mailbox is not None
         try:
             self._count_all(self._mailbox.pending(self._mark))
-            for task in asyncio.all_tasks(loop):
-                context = _context_of(task)
-                if context is not None:
-                    self._mark(context)
+            self._mark_all(asyncio.all_tasks(loop))
         except BaseException as exc:
             self._failure = exc
         self._is_looking = False
         self._saw_loop.set()
+
+    def _mark_all(self, tasks: set[asyncio.Task[Any]]) -> None:
+        for task in tasks:
+            context = _context_of(task)
+            if context is not None:
+                self._mark(context)
 
     # The wait.
 

@@ -112,6 +112,17 @@ class _Nested:
             del self, args, kwargs  # an error's traceback holds this frame
 
 
+def _run_first(queued: deque[Unfuture[Any]], jobs: JobQueue) -> bool:
+    """Runs the first of these that nobody has run or given up yet; whether there was one."""
+    while True:
+        try:
+            unfuture = queued.popleft()
+        except IndexError:
+            return False
+        if jobs.run_within(unfuture):
+            return True
+
+
 class _Nesting:
     """See `_common.Nesting`."""
 
@@ -123,11 +134,7 @@ class _Nesting:
             if call is None:
                 # A finalizer between two calls, say, or a callback: nobody's work is in progress.
                 return jobs.run_within(None)
-            with suppress(IndexError):
-                while not jobs.run_within(call.queued.popleft()):
-                    pass
-                return True
-        return False
+            return _run_first(call.queued, jobs)
 
     def wait_in(self, loop: asyncio.AbstractEventLoop, jobs: JobQueue) -> None:
         bell = _here.bell

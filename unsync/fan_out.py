@@ -659,6 +659,11 @@ class _Streamed(_Chunk):
 _Part = _Streamed | _Single
 
 
+def _drop_all(parts: Iterable[_Part]) -> None:
+    for part in parts:
+        part.drop()
+
+
 class _Outlet(_Channel[T]):
     """The values of calls, which are made when a consumer comes and there is room for more.
 
@@ -814,22 +819,28 @@ class _Outlet(_Channel[T]):
         if os.getpid() != self.pid:
             raise _common.orphan_error()
         while True:
-            dropped: Iterable[_Part] = ()
-            try:
-                with self.lock:
-                    dropped = self.collect()
-                    if not self.is_hungry():
-                        if self.taken:
-                            return True
-                        self.came.clear()
-                        self.wanted = 1
-                        if lingers and not self.waiters:
-                            self.wanted = _together(len(self.parts))
-                        return self.wait()
-            finally:
-                for part in dropped:
-                    part.drop()
+            answer = self.look(lingers)
+            if answer is not None:
+                return answer
             self.feed()
+
+    def look(self, lingers: bool) -> Unfuture[None] | bool | None:
+        """What `refill` answers; None if more is to be fed before."""
+        dropped: Iterable[_Part] = ()
+        try:
+            with self.lock:
+                dropped = self.collect()
+                if self.is_hungry():
+                    return None
+                if self.taken:
+                    return True
+                self.came.clear()
+                self.wanted = 1
+                if lingers and not self.waiters:
+                    self.wanted = _together(len(self.parts))
+                return self.wait()
+        finally:
+            _drop_all(dropped)
 
     def collect(self) -> Iterable[_Part]:
         """Under the lock: takes what is done; gives what is dropped for a failure."""
@@ -860,8 +871,7 @@ class _Outlet(_Channel[T]):
             dropped = self.forget()
             closed = super().close()
             self.finish(None)
-        for part in dropped:
-            part.drop()
+        _drop_all(dropped)
         return closed
 
 

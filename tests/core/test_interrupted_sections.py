@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -414,6 +415,100 @@ def test_a_ctrl_c_while_it_is_made_done_leaves_nobody_waiting() -> None:
             attempt(step)
     finally:
         gc.enable()
+
+
+def test_a_ctrl_c_in_map_keeps_nobody_else_from_the_loop(case: Case) -> None:
+    """Another thread's call counts on the wakeup that the interrupted one was about to send."""
+    if sys.implementation.name != "cpython":
+        pytest.skip("its trace functions are not called for each step")
+
+    finished = Unfuture.from_value(1)
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    def attempt(step: int) -> int:
+        settled = threading.Event()
+        unsync.loop.call_soon_threadsafe(settled.set)
+        assert settled.wait(PATIENCE)  # what was left for the loop before has been picked up
+        with (
+            Striker(step, strike, but_in=frozenset({"__del__"})) as striker,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            finished.map(str)
+        other = threads.submit(lambda: case.coroutine().result(PATIENCE))
+        assert other.result(2 * PATIENCE) == "coroutine", step
+        return striker.count
+
+    # A collection would have finalizers of what other tests left be struck.
+    gc.collect()
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            for step in range(1, attempt(-1) + 1):
+                attempt(step)
+    finally:
+        gc.enable()
+
+
+# Where CPython may overlook an `except`, a `finally` or a `with`, and it does no harm.
+HARMLESS = {
+    # No signal handler runs in these threads.
+    "_AmbientLoop._run",
+    "_Followed.__call__",
+    "_InAmbientLoop.work",
+    # They only drop references, or catch what attributes raise.
+    "_Chunk.__call__",
+    "name_of",
+}
+
+
+def test_no_loop_jumps_back_out_of_a_try() -> None:
+    """A Ctrl-C at the end of a loop must not pass by what has to be done after it.
+
+    See `_fire_all` and python/cpython#130279.
+    """
+    if sys.implementation.name != "cpython":
+        pytest.skip("it is about the tables of CPython's compiler")
+    found = {
+        code.co_qualname: line
+        for path in FILES
+        for code in all_code(compile(Path(path).read_text(), path, "exec"))
+        for line in jumps_out_of_a_try(code)
+    }
+    assert {name: line for name, line in found.items() if name not in HARMLESS} == {}
+
+
+def all_code(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from all_code(const)
+
+
+def jumps_out_of_a_try(code: CodeType) -> Iterator[int]:
+    """The lines of the jumps back that stand between two parts of a `try`, and belong to none."""
+    instructions = {each.offset: each for each in dis.get_instructions(code)}
+    entries = dis._parse_exception_table(code)  # type: ignore[attr-defined]
+
+    def targets(offset: int) -> set[int]:
+        return {entry.target for entry in entries if entry.start <= offset < entry.end}
+
+    def is_handler(target: int) -> bool:
+        """And not only the end of a comprehension within one, say."""
+        if instructions[target].opname == "PUSH_EXC_INFO":
+            return True
+        return any(is_handler(outer) for outer in targets(target) if outer > target)
+
+    for offset, each in instructions.items():
+        if each.opname != "JUMP_BACKWARD" or targets(offset):
+            continue
+        before = {entry.target for entry in entries if entry.end <= offset}
+        after = {entry.target for entry in entries if entry.start > offset}
+        line = each.positions.lineno if each.positions else None
+        # What has no line is the end of an `await` that was interrupted.
+        if line is not None and any(is_handler(target) for target in before & after):
+            yield line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no setitimer")
