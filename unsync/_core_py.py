@@ -850,14 +850,14 @@ class _Waiter:
 
     __slots__ = ()
 
-    def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
         """By the thread that finished `unfuture` (or found it done).
 
         Called once; but if a Ctrl-C strikes in it, once more, if it is no callback. Then it is not
         known what was done, and to do that again must do no harm.
 
-        Returns a follower that just got the same outcome, for the caller to fire its waiters next:
-        chains are walked with a queue, never by recursion.
+        :param backlog: takes a follower that just got the same outcome, for the caller to fire its
+            waiters: chains are walked with a queue, never by recursion.
         """
         raise NotImplementedError
 
@@ -874,7 +874,7 @@ class _Blocked(_Waiter):
         # Belongs to the thread that waits: by what the wait was interrupted.
         self.request: CancelRequest | None = None
 
-    def _fire(self, unfuture: Unfuture[Any]) -> None:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
         self.interrupt()
 
     def interrupt(self) -> None:
@@ -967,7 +967,7 @@ class _Callback(_Waiter):
             assert self.mailbox is not None
             self.mailbox._post(self)
 
-    def _fire(self, unfuture: Unfuture[Any]) -> None:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
         """Where it is bound to a loop, or our own; others come last: see `_fire_all`."""
         if self.loop is None:
             self._call(unfuture)
@@ -1235,7 +1235,7 @@ class _Park(_Waiter):
 
     # How the end of the wait reaches the task.
 
-    def _fire(self, unfuture: Unfuture[Any]) -> None:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
         assert self._loop is not None
         if running_loop() is self._loop:
             self._end_wait()
@@ -1275,9 +1275,9 @@ class _Follower(_Waiter):
         # Whether it waits for what the function of a `then` returned.
         self.got_unfuture = got_unfuture
 
-    def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
         unfuture._seen = True
-        return _pass_on(unfuture, self.target, self.got_unfuture)
+        _pass_on(unfuture, self.target, backlog, self.got_unfuture)
 
 
 @final
@@ -1296,10 +1296,11 @@ class _Continuation(_Waiter):
         self.context = _context_for(self.target, source)
         self.target._source = self
 
-    def _fire(self, unfuture: Unfuture[Any]) -> Unfuture[Any] | None:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
         if unfuture._status != FINISHED:
             unfuture._seen = True
-            return _pass_on(unfuture, self.target)
+            _pass_on(unfuture, self.target, backlog)
+            return
         if (watcher := _watcher) is not None:
             watcher.made(self.target, self.source, _job_here(), self.context)
         try:
@@ -1307,7 +1308,6 @@ class _Continuation(_Waiter):
         except BaseException as exc:
             # The ambient loop cannot be started: the one who waits must hear of it.
             self.target._complete(FAILED, exc)
-        return None
 
     def _arrive(self, mailbox: Mailbox) -> None:
         target = self.target
@@ -1345,14 +1345,17 @@ class _Failed(_Waiter):
     def __init__(self, failure: BaseException) -> None:
         self.failure = failure
 
-    def _fire(self, unfuture: Unfuture[Any]) -> NoReturn:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> NoReturn:
         raise self.failure
 
 
 def _pass_on(
-    source: Unfuture[Any], target: Unfuture[Any], got_unfuture: bool = False
-) -> Unfuture[Any] | None:
-    """Gives `target` the same outcome; returns it if it has waiters to fire."""
+    source: Unfuture[Any],
+    target: Unfuture[Any],
+    backlog: list[Unfuture[Any]],
+    got_unfuture: bool = False,
+) -> None:
+    """Gives `target` the same outcome; puts it into the backlog if it has waiters to fire."""
     status, outcome = source._status, source._outcome
     if status == CANCELLED_AND_NOTIFIED:
         status = CANCELLED
@@ -1364,7 +1367,8 @@ def _pass_on(
         target._tell_the_rest(False)
         raise
     # Whoever claimed it: if that is being fired somewhere else, each waiter goes to one of the two.
-    return target if target._waiting else None
+    if target._waiting:
+        backlog.append(target)
 
 
 # In which order.
@@ -1445,7 +1449,7 @@ def _fire_backlog(
         for waiter in ready:
             try:
                 if waiter is late or unfuture._remove_waiter(waiter):
-                    _fire(waiter, unfuture, backlog)
+                    waiter._fire(unfuture, backlog)
             except BaseException as exc:
                 raised = _note_failure(waiter, unfuture, exc, raises, raised)
                 _fire_again(waiter, unfuture, backlog)
@@ -1453,18 +1457,12 @@ def _fire_backlog(
     return raised
 
 
-def _fire(waiter: _Waiter, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
-    follower = waiter._fire(unfuture)
-    if follower is not None:
-        backlog.append(follower)
-
-
 def _fire_again(waiter: _Waiter, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
     """After something was raised in firing it: nobody else would. A callback is called once."""
     if isinstance(waiter, (_Callback, _Failed)):
         return
     try:
-        _fire(waiter, unfuture, backlog)
+        waiter._fire(unfuture, backlog)
     except BaseException as exc:
         _note_failure(waiter, unfuture, exc, False, None)
 
@@ -1486,7 +1484,7 @@ def _keep_books(
             if waiter is not late and not unfuture._remove_waiter(waiter):
                 continue
             try:
-                waiter._fire(unfuture)
+                waiter._fire(unfuture, [])
             except BaseException as exc:
                 raised = _note_failure(waiter, unfuture, exc, raises, raised)
     finally:
@@ -3515,7 +3513,7 @@ class _Leaver(_Waiter):
     def __init__(self, queue: JobQueue) -> None:
         self.queue = queue
 
-    def _fire(self, unfuture: Unfuture[Any]) -> None:
+    def _fire(self, unfuture: Unfuture[Any], backlog: list[Unfuture[Any]]) -> None:
         if unfuture.cancelled():
             self.queue._drop_cancelled()
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unsync._common import (
+    CANCELLED,
     FAILED,
     FINISHED,
     CancelRequest,
@@ -127,6 +128,8 @@ class _AsyncioView(asyncio.Future[T]):
         if self.done():
             return
         status, outcome = self._unfuture._peek()
+        if status < CANCELLED:
+            return
         if self._request is not None and self._request.was_lost():
             super().cancel(self._request.message)
         elif status == FINISHED:
@@ -191,6 +194,8 @@ class _ConcurrentView(concurrent.futures.Future[T]):
         if self.done() and not self.cancelled():
             return
         status, outcome = self._unfuture._peek()
+        if status < CANCELLED:
+            return
         # Somebody else may be faster.
         with suppress(concurrent.futures.InvalidStateError):
             if status == FINISHED:
@@ -209,6 +214,8 @@ class _ConcurrentView(concurrent.futures.Future[T]):
     def call_back(self, _: object) -> None:
         """Called by the thread that finished the Unfuture, when all who wait have been told."""
         self.follow()
+        if not self.done():
+            return  # it is too early
         raised: BaseException | None = None
         for callback in self._done_callbacks:  # type: ignore[attr-defined]
             try:

@@ -261,6 +261,29 @@ def test_an_executor_of_ones_own_may_serve_a_concurrent_view() -> None:
 # Of both.
 
 
+def test_a_view_that_is_told_too_early_stays_pending() -> None:
+    async def main() -> None:
+        unfuture: Unfuture[int] = Unfuture()
+        view: Any = unfuture.future
+        view.follow()
+        assert not view.done()
+        unfuture.set_result(1)
+        assert await view == 1
+
+    asyncio.run(main())
+    unfuture: Unfuture[int] = Unfuture()
+    view: Any = unfuture.concurrent_future
+    called: list[object] = []
+    view.add_done_callback(called.append)
+    view.follow()
+    view.call_back(unfuture)
+    assert not view.done()
+    assert called == []
+    unfuture.set_result(1)
+    assert view.result(PATIENCE) == 1
+    assert called == [view]
+
+
 def test_a_view_cannot_be_given_what_is_no_unfuture() -> None:
     """With a class in its place CPython itself would crash: see `_views.py`."""
 

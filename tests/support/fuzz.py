@@ -44,6 +44,9 @@ NEVER = {
     "work",  # a worker's life, which ends with its queue
 }
 
+# What is no attribute to set: whose thread the ambient one is; and a lie that asyncio believes.
+NEVER_SET = {"__class__", "done", "thread_id"}
+
 COMPILED = {"unsync._core", "unsync._core_py"}
 # Views, and no others of their kinds: asyncio's tasks crash if they are initialized once more.
 OURS = (_backend.Batch, _backend.Launcher, Unfuture, _AsyncioView, _ConcurrentView)
@@ -213,7 +216,7 @@ class Fuzz:
             self.add(self.attempt(lambda: getattr(thing, name)))
         elif name in {"__setattr__", "__delattr__"}:
             which = self.random.choice(dir(type(thing)))
-            if which not in {"__class__", "thread_id"}:  # that says whose thread the ambient one is
+            if which not in NEVER_SET:
                 method = getattr(thing, name)
                 values = (self.argument(),) if name == "__setattr__" else ()
                 self.attempt(lambda: method(which, *values))
