@@ -17,6 +17,7 @@ from unsync._common import (
     DAEMONIC,
     GREEN_BY,
     LOOK_AGAIN_SECONDS,
+    PENDING,
     START_ATTEMPTS,
     Latch,
     Making,
@@ -218,6 +219,9 @@ class _AmbientLoop:
     def begin_to_stop(self, until: float | None) -> None:
         """Has its thread cancel all tasks and wait for them; until then, if that is not None.
 
+        What waits for its turn in the loop does not begin any more, but for what tasks call while
+        they clean up.
+
         In the main thread the signal handlers that were added to the loop are removed first: they
         could not be later, and from now on a Ctrl-C is for whoever waits here.
         """
@@ -228,6 +232,8 @@ class _AmbientLoop:
         if not self._stopping:
             self._until = until
             self._stopping = True
+            for unfuture in self.mailbox.waiting():
+                unfuture._complete(CANCELLED, "shutdown", PENDING)
             with suppress(RuntimeError):  # it is closed already
                 self.loop.call_soon_threadsafe(self.loop.stop)
         self._give_up_start()

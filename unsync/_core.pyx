@@ -1075,11 +1075,8 @@ cdef class Mailbox(_Line):
         sums = (begun, finished, failed, cancelled, pending, wakeups, posts - wakeups)
         return sums, left, lag * 1e-9
 
-    def pending(self, mark):
-        """In the loop's thread: the calls and continuations that wait here or have begun.
-
-        :param mark: is called with the contexts in which those that wait will run.
-        """
+    def waiting(self):
+        """The calls and continuations that wait here and have not begun."""
         cdef list items = []
         cdef Py_ssize_t count = 1
         while len(items) < count:
@@ -1087,7 +1084,14 @@ cdef class Mailbox(_Line):
             lock(self)
             count = note_linked(self._first, items)
             unlock(self)
-        waiting = [each for each in items[:count] if isinstance(each, Unfuture)]
+        return [each for each in items[:count] if isinstance(each, Unfuture)]
+
+    def pending(self, mark):
+        """In the loop's thread: the calls and continuations that wait here or have begun.
+
+        :param mark: is called with the contexts in which those that wait will run.
+        """
+        waiting = self.waiting()
         for each in waiting:
             context = (<Unfuture>each).own_context()
             if context is not None:

@@ -606,6 +606,14 @@ class Mailbox:
         sums = self._begun, finished, failed, cancelled, max(pending, 0), self._drains, saved
         return sums, len(left), lag
 
+    def waiting(self) -> list[Unfuture[Any]]:
+        """The calls and continuations that wait here and have not begun."""
+        return [
+            item.target if isinstance(item, _Continuation) else item
+            for item in _listed(self._items)
+            if isinstance(item, (Unfuture, _Continuation))
+        ]
+
     def pending(self, mark: Callable[[Context], object]) -> list[Unfuture[Any]]:
         """In the loop's thread: the calls and continuations that wait here or have begun.
 

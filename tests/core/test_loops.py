@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import importlib
 import logging
@@ -15,9 +16,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, collect, wait_until, wait_until_suspended
+from support.waiting import PATIENCE, ambient_loop_held, collect, wait_until, wait_until_suspended
 
-from unsync import Unfuture, unsync
+from unsync import CancelledError, Unfuture, unsync
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -267,3 +268,56 @@ def test_the_loops_signal_handlers_end_with_it(fresh: None, where: str) -> None:
     finally:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.alone  # there is one ambient loop
+def test_what_has_not_begun_at_a_shutdown_never_does() -> None:
+    """Nor is anybody left to wait for it; what tasks call while they clean up does begin."""
+    begun: list[str] = []
+    cleaned_up: list[str] = []
+
+    @unsync
+    async def call(what: str) -> str:
+        begun.append(what)
+        return what
+
+    runs_now = threading.Event()
+
+    @unsync
+    async def runs() -> None:
+        runs_now.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned_up.append(await call("clean-up"))
+
+    @unsync
+    async def numbers() -> AsyncIterator[int]:
+        begun.append("stream")
+        yield 1
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def resource() -> AsyncIterator[int]:
+        begun.append("resource")
+        yield 1
+
+    def enter() -> None:
+        with resource():
+            pass
+
+    task = runs()
+    assert runs_now.wait(PATIENCE)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        with ambient_loop_held():
+            calls = [call("call"), call("call").map(str), Unfuture.from_value(1).map(begun.append)]
+            readers = [threads.submit(next, numbers()), threads.submit(enter)]
+            wait_until(lambda: unsync.stats().loop_queue >= len(calls) - 1 + len(readers))
+            ending = threads.submit(unsync.shutdown, PATIENCE)
+            wait_until(lambda: all(each.cancelled() for each in calls))
+        assert ending.result(PATIENCE)
+        for reader in readers:
+            with pytest.raises(CancelledError):
+                reader.result(PATIENCE)
+    assert task.cancelled()
+    assert cleaned_up == begun == ["clean-up"]
