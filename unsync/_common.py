@@ -21,7 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, MutableSequence
 from contextlib import suppress
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, copy_context
 from types import CoroutineType, FrameType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from weakref import WeakSet
@@ -584,15 +584,24 @@ def _short_repr(value: object) -> str:
 
 
 def report_unseen_failure(
-    unfuture: Unfuture[Any], exc: BaseException, loop: asyncio.AbstractEventLoop | None
+    unfuture: Unfuture[Any],
+    exc: BaseException,
+    loop: asyncio.AbstractEventLoop | None,
+    failed_in: Context | None,
 ) -> None:
     """Reports a failure that nobody looked at, as asyncio does when such a future dies.
 
     The ambient loop's exception handler hears of it in the loop's own thread; without a usable
     loop the same words go to the log. What broke only because the interpreter exits is no news.
+
+    :param failed_in: see `fail_in`.
     """
     if sys.is_finalizing() or (exiting and is_of_the_exit(exc)):
         return  # the interpreter has no more than pieces of what a log needs
+    if failed_in is not None:
+        # A copy, since it may be in use: a task's is while its callbacks are called.
+        failed_in.copy().run(report_unseen_failure, unfuture, exc, loop, None)
+        return
     context: dict[str, Any] = {
         "message": _unseen_message(unfuture),
         "exception": exc,
@@ -868,11 +877,26 @@ class Making:
 
 
 class _ByThisThread(threading.local):
+    # The context of the call that this thread is making fail.
+    failing_in: Context | None = None
+
     def __init__(self) -> None:
         self.makings: list[Making] = []
 
 
 by_this_thread = _ByThisThread()
+
+
+def fail_in(context: Context, unfuture: Unfuture[Any], failure: BaseException) -> bool:
+    """Has a call fail; if nobody looks at that, it is reported in the call's own context.
+
+    A notebook goes by a context variable, and shows the report under the cell that made the call.
+    """
+    former, by_this_thread.failing_in = by_this_thread.failing_in, context
+    try:
+        return unfuture._complete(FAILED, failure)
+    finally:
+        by_this_thread.failing_in = former
 
 
 def let_others_make() -> None:
@@ -1113,10 +1137,11 @@ class _CopyOutcome:
     So this lets go of the Unfuture: else the outcome, large as it may be, would live in a cycle.
     """
 
-    __slots__ = ("_target",)
+    __slots__ = ("_context", "_target")
 
     def __init__(self, target: Unfuture[Any]) -> None:
         self._target: Unfuture[Any] | None = target
+        self._context = copy_context()
 
     def __call__(self, future: concurrent.futures.Future[Any]) -> None:
         target, self._target = self._target, None
@@ -1126,7 +1151,7 @@ class _CopyOutcome:
             return
         exc = future.exception()
         if exc is not None:
-            target._complete(FAILED, exc)
+            fail_in(self._context, target, exc)
         else:
             target._complete(FINISHED, future.result())
 

@@ -56,6 +56,7 @@ from unsync._common import (
     already_done_error,
     awaited_exception,
     buried_error,
+    by_this_thread,
     cancelled_error,
     check_callable,
     check_context,
@@ -67,6 +68,7 @@ from unsync._common import (
     close_unstarted,
     describe,
     exhausted_error,
+    fail_in,
     full_error,
     hint_at_map,
     interrupted_start_error,
@@ -1165,7 +1167,7 @@ cdef class Mailbox(_Line):
             self.count_ended(unfuture)
             return 0
         if task_done(task) if type(task) is Task else task.done():
-            unfuture.ended_at_once(task)
+            unfuture.ended_at_once(task, context)
             self.count_ended(unfuture)
             return 0
         self.live[task] = unfuture
@@ -1266,7 +1268,7 @@ cdef class _TaskDone:
 
     def __call__(self, task):
         self.mailbox.live.pop(task, None)
-        self.unfuture.take_outcome(task)
+        self.unfuture.take_outcome(task, None)
         self.mailbox.count_ended(self.unfuture)
 
 
@@ -2097,7 +2099,7 @@ cdef class Unfuture(_Item):
     cdef object _outcome
     # The context for what has not begun; the worker that a function runs in; the requests to
     # cancel, in a tuple, that came while a coroutine made its first step; the traceback of a
-    # failure.
+    # failure, with the context that it is reported in, if nobody looks at it: see `fail_in`.
     cdef object _extra
     # What is behind a pending or running one: see cancel().
     cdef object _source
@@ -2177,7 +2179,7 @@ cdef class Unfuture(_Item):
             return self._outcome
         if status == FAILED:
             store(&self._unseen, False)
-            raise self._outcome.with_traceback(self._extra)
+            raise self._outcome.with_traceback((<tuple>self._extra)[0])
         raise cancelled_error(self._outcome, running_loop() is not None)
 
     def exception(self, timeout=None):
@@ -2640,8 +2642,11 @@ cdef class Unfuture(_Item):
             failure = exc.args[0] if exc.args else None
         except BaseException as exc:
             failure = exc if kind == MAPPING else hint_at_map(exc)
-        if status != FINISHED:
-            self.complete(status, failure, ANY)  # out here for the reason in `work`
+        # Out here for the reason in `work`.
+        if status == CANCELLED:
+            self.complete(status, failure, ANY)
+        elif status == FAILED:
+            fail_in(context, self, failure)
         if not went_on:
             mailbox.count_ended(self)
         return 0
@@ -2686,7 +2691,9 @@ cdef class Unfuture(_Item):
         cdef int before
         cdef int kind = NOTHING, named
         cdef bint again = True
-        traceback = outcome.__traceback__ if status == FAILED else None
+        failed_at = None
+        if status == FAILED:
+            failed_at = outcome.__traceback__, by_this_thread.failing_in
         chain = REFUSED
         extra = None
         if status == CANCELLED and side is not None:
@@ -2721,7 +2728,7 @@ cdef class Unfuture(_Item):
                     self._source = name
                     self._kind = NOTHING if name is None else NAME
                     self._outcome = outcome
-                    self._extra = traceback
+                    self._extra = failed_at
                     if PyObject_IS_GC(outcome):
                         track(self)
                     if status == FAILED:
@@ -2828,7 +2835,7 @@ cdef class Unfuture(_Item):
                 request(task)
         return 0
 
-    cdef int ended_at_once(self, task) except -1:
+    cdef int ended_at_once(self, task, context) except -1:
         """In the ambient loop: its coroutine's first step was its last."""
         requests = None
         lock(self)
@@ -2839,21 +2846,27 @@ cdef class Unfuture(_Item):
             # As in asyncio: a task that cancels itself and then returns is cancelled.
             self.complete(CANCELLED, (<tuple>requests)[len(<tuple>requests) - 1].message, ANY)
         else:
-            self.take_outcome(task)
+            self.take_outcome(task, context)
         if type(requests) is tuple:
             for request in <tuple>requests:
                 request.came_too_late()
         return 0
 
-    cdef int take_outcome(self, task) except -1:
-        """Finishes it as `task` ended."""
+    cdef int take_outcome(self, task, context) except -1:
+        """Finishes it as `task` ended.
+
+        :param context: the coroutine's; None: this is called in it.
+        """
         if type(task) is Task and not task_cancelled(task) and task_exception(task) is None:
             self.complete(FINISHED, task_result(task), ANY)
         else:
             status, outcome = outcome_of_asyncio(task)
-            if self._got_unfuture and status == FAILED:
+            if status != FAILED:
+                self.complete(status, outcome, ANY)
+                return 0
+            if self._got_unfuture:
                 hint_at_map(outcome)
-            self.complete(status, outcome, ANY)
+            fail_in(PyContext_CopyCurrent() if context is None else context, self, outcome)
         return 0
 
     cdef int arrive(self, Mailbox mailbox) except -1:
@@ -3042,6 +3055,8 @@ cdef class Unfuture(_Item):
         # now and then, and whoever waits is about to change that.
         if coroutine:
             self.follow(result)
+        elif status == FAILED:
+            fail_in(context, self, result)
         else:
             self.complete(status, result, ANY)
         return True
@@ -3181,7 +3196,7 @@ cdef class Unfuture(_Item):
             return self._outcome
         if status == FAILED:
             store(&self._unseen, False)
-            raise awaited_exception(self._outcome.with_traceback(self._extra))
+            raise awaited_exception(self._outcome.with_traceback((<tuple>self._extra)[0]))
         raise cancelled_error(self._outcome, True)
 
     def _behind(self):
@@ -3285,7 +3300,7 @@ cdef class Unfuture(_Item):
                 return  # the interpreter has taken its modules apart
             mailbox = home_now()
             loop = None if mailbox is None else mailbox._loop()
-            report_unseen_failure(self, self._outcome, loop)
+            report_unseen_failure(self, self._outcome, loop, (<tuple>self._extra)[1])
 
 
 # Most Unfutures come to their end as a call that has served: its result can refer to nothing, and

@@ -87,6 +87,7 @@ from unsync._common import (
     close_unstarted,
     describe,
     exhausted_error,
+    fail_in,
     full_error,
     hint_at_map,
     interrupted_start_error,
@@ -699,7 +700,7 @@ class Mailbox:
             if task.done():
                 if got_unfuture:
                     _hint_at_map_if_failed(task)
-                unfuture._ended_at_once(task)
+                unfuture._ended_at_once(task, context)
                 self._count_ended(unfuture)
             else:
                 self.live[task] = unfuture
@@ -714,7 +715,11 @@ class Mailbox:
 
     def _task_done(self, unfuture: Unfuture[Any], task: asyncio.Task[Any]) -> None:
         self.live.pop(task, None)
-        unfuture._complete(*outcome_of_asyncio(task))
+        status, outcome = outcome_of_asyncio(task)
+        if status == FAILED:
+            fail_in(copy_context(), unfuture, outcome)  # it is called in the coroutine's
+        else:
+            unfuture._complete(status, outcome)
         self._count_ended(unfuture)
 
 
@@ -1334,7 +1339,7 @@ class _Continuation(_Waiter):
         except asyncio.CancelledError as exc:
             target._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
-            target._complete(FAILED, exc if self.by_value else hint_at_map(exc))
+            fail_in(context, target, exc if self.by_value else hint_at_map(exc))
         finally:
             if not went_on:
                 mailbox._count_ended(target)
@@ -1646,13 +1651,16 @@ def _blank(cls: type[Unfuture[Any]]) -> Unfuture[Any]:
 #
 # As the first: that it begins, with the thread that says so; or how it ends, if it never begins. As
 # the last: how it ends after it has begun. That is `RUNNING` or the state at the end, the outcome,
-# and the traceback of a failure. Who is to be told under a condition: see `_show`.
+# and of a failure its traceback and the context that it is reported in, if nobody looks at it. Who
+# is to be told under a condition: see `_show`.
 _FIRST, _LAST, _SIDE, _LATE_SIDE = "first", "last", "side", "late side"
-_Turn = tuple[int, Any, "TracebackType | None"]
+_Turn = tuple[int, Any, "TracebackType | None", "Context | None"]
 
 
 def _turn(status: int, outcome: Any) -> _Turn:
-    return status, outcome, outcome.__traceback__ if status == FAILED else None
+    if status == FAILED:
+        return status, outcome, outcome.__traceback__, by_this_thread.failing_in
+    return status, outcome, None, None
 
 
 class Unfuture(_Future[T]):
@@ -2150,7 +2158,7 @@ class Unfuture(_Future[T]):
                 worker.begin_call(self)
         if self._status >= CANCELLED:
             return False
-        mine: _Turn = (RUNNING, get_ident(), None)
+        mine: _Turn = (RUNNING, get_ident(), None, None)
         first = self._turns.setdefault(_FIRST, mine)
         if first[0] == RUNNING:
             self._begun = True
@@ -2226,7 +2234,7 @@ class Unfuture(_Future[T]):
             raise failure
 
     def _set_end(self, end: _Turn) -> None:
-        status, self._outcome, self._traceback = end
+        status, self._outcome, self._traceback, _ = end
         # Last: whoever reads it finds the rest in place.
         self._status = status
 
@@ -2288,14 +2296,17 @@ class Unfuture(_Future[T]):
             for request in _taken_from(call.requests):
                 request(task)
 
-    def _ended_at_once(self, task: asyncio.Task[Any]) -> None:
+    def _ended_at_once(self, task: asyncio.Task[Any], context: Context) -> None:
         """In the ambient loop: its coroutine's first step was its last."""
         call = self._source
         status, outcome = outcome_of_asyncio(task)
         if status == FINISHED and isinstance(call, _Call) and call.requests:
             # As in asyncio: a task that cancels itself and then returns is cancelled.
             status, outcome = CANCELLED, call.requests[-1].message
-        self._complete(status, outcome)
+        if status == FAILED:
+            fail_in(context, self, outcome)
+        else:
+            self._complete(status, outcome)
         if isinstance(call, _Call):
             for request in _taken_from(call.requests):
                 request.came_too_late()
@@ -2404,7 +2415,7 @@ class Unfuture(_Future[T]):
             # What it waited for was cancelled.
             self._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
-            self._complete(FAILED, exc)
+            fail_in(job.context, self, exc)
         else:
             if rest is None:
                 self._complete(FINISHED, result)
@@ -2612,8 +2623,9 @@ class Unfuture(_Future[T]):
             self._seen = True
             if report_unseen_failure is None:
                 return  # the interpreter has taken its modules apart
-            mailbox = _home
-            report_unseen_failure(self, self._outcome, None if mailbox is None else mailbox.loop)
+            loop = None if _home is None else _home.loop
+            end = self._end()
+            report_unseen_failure(self, self._outcome, loop, None if end is None else end[3])
 
 
 def are_all_of(values: Iterable[object], types: frozenset[type]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import copy
 import functools
 import pickle
@@ -1214,3 +1215,71 @@ def test_the_public_errors_are_those_of_both_worlds() -> None:
     assert issubclass(package.CancelledError, concurrent.futures.CancelledError)
     assert issubclass(package.InvalidStateError, asyncio.InvalidStateError)
     assert issubclass(package.InvalidStateError, concurrent.futures.InvalidStateError)
+
+
+# In which context a failure is reported that nobody looked at.
+
+caller = contextvars.ContextVar("caller", default="nobody")
+
+
+@unsync
+def function_fails() -> None:
+    raise Boom
+
+
+@unsync
+async def fails_at_once() -> None:
+    raise Boom
+
+
+@unsync
+async def fails_later() -> None:
+    await asyncio.sleep(0)
+    raise Boom
+
+
+def continuation_fails() -> Unfuture[None]:
+    def fail(_: object) -> None:
+        raise Boom
+
+    return Unfuture.from_value(1).map(fail)
+
+
+def on_another_executor() -> Unfuture[None]:
+    def fail() -> None:
+        raise Boom
+
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return Unfuture(executor.submit(fail))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [function_fails, fails_at_once, fails_later, continuation_fails, on_another_executor],
+)
+@pytest.mark.alone  # there is one handler of the ambient loop
+def test_a_failure_that_nobody_looked_at_is_reported_in_the_context_of_the_call(
+    make: Callable[[], Unfuture[None]],
+) -> None:
+    """Notebooks go by a context variable: the report stands under the cell that made the call."""
+    heard: list[str] = []
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        assert isinstance(context["exception"], Boom)
+        heard.append(caller.get())
+
+    def call() -> Unfuture[None]:
+        caller.set("the cell")
+        return make()
+
+    loop = unsync.loop
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(handle)
+    try:
+        calls = [contextvars.copy_context().run(call)]
+        wait_until(calls[0].done)
+        calls.clear()
+        wait_until(lambda: heard or collect() or heard, "the report")
+    finally:
+        loop.set_exception_handler(before)
+    assert heard == ["the cell"]
