@@ -445,7 +445,7 @@ class _Settings(type):
 
     @property
     def thread_executor(cls) -> concurrent.futures.Executor:
-        """Runs the regular functions: a `ThreadPoolExecutor` made on first use, or any `Executor`.
+        """Runs the regular functions: a `ThreadExecutor` made on first use, or any `Executor`.
 
         It can also be set to a callable that gives one, which is called at first use. Setting it
         to None brings back the default.
@@ -550,8 +550,8 @@ class _Settings(type):
             chunks that grow from one call to 256.
         :param in_order: whether values come in the order of the arguments, or as calls are done.
         :param read_ahead: how many calls are made, at most, whose values nobody has taken; None
-            for four chunks to each worker, but at least 64, or 4096 in chunks. When half of that
-            is left more are made.
+            for four chunks to each worker, but at least 64, or 4096 in chunks. More are made when
+            a consumer comes and has taken an eighth of them, or half of them in chunks.
         :raises TypeError: as `calls`; if `read_ahead` is no number.
         :raises ValueError: if `chunksize` is less than 1, or `read_ahead` less than `chunksize`.
         """
@@ -929,7 +929,7 @@ def _name_of(function: Callable[..., Any]) -> str:
 def _no_way(kind: str, function: Callable[..., Any], option: str, what: str) -> TypeError:
     return TypeError(
         f"the {kind} {_name_of(function)} cannot be marked with {option}: {what} run in the "
-        "ambient event loop; make it a regular function or leave that away"
+        "ambient event loop; make it a regular function or leave that out"
     )
 
 

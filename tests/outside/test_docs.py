@@ -20,7 +20,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The marks of blocks that are not run as programs by themselves, but by a test of their own.
-HAS_ITS_TEST = ("# service.py\n", "# test_", "# bench/service/pipeline_unsync.py\n")
+HAS_ITS_TEST = (
+    "# batch.py\n",
+    "# service.py\n",
+    "# test_",
+    "# bench/service/pipeline_unsync.py\n",
+)
 
 # A busy machine runs what is shown slowly.
 PROGRAM_SECONDS = 500
@@ -153,6 +158,37 @@ def test_the_tutorial_s_service_answers_and_stops(tmp_path: Path) -> None:
             service.kill()
     assert (service.returncode, stdout) == (0, "stopped\n")
     assert '"GET /apple HTTP/1.1" 200' in stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_the_guide_s_batch_ends_quickly_by_ctrl_c(tmp_path: Path) -> None:
+    (code,) = [
+        block
+        for block in BLOCK.findall((ROOT / "docs" / "guide.md").read_text())
+        if block.startswith("# batch.py\n")
+    ]
+    # The first file is short, and none of the others ends by itself.
+    long = code.replace("time.sleep(1)", f"time.sleep({PROGRAM_SECONDS} if number else 0)")
+    assert long != code
+    # Who starts the tests in the background may have SIGINT ignored.
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    (tmp_path / "batch.py").write_text(heeds + long)
+    with subprocess.Popen(
+        [sys.executable, "batch.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as batch:
+        try:
+            assert batch.stdout is not None
+            assert batch.stdout.readline() == "0\n"
+            batch.send_signal(signal.SIGINT)
+            stdout, stderr = batch.communicate(timeout=PATIENCE)
+        finally:
+            batch.kill()
+    assert (batch.returncode, stdout) == (130, "")
+    assert stderr == "unsync: the exit lost 999 calls of convert()\n"
 
 
 @once
