@@ -393,9 +393,11 @@ class _Chunk(Batch):
 class _Pace:
     """How quickly the chunks of `unsync.calls` come back, and the thread that waits for several."""
 
-    __slots__ = ("gap", "last", "left", "lull", "wanted")
+    __slots__ = ("context", "gap", "last", "left", "lull", "wanted")
 
     def __init__(self) -> None:
+        # Of who makes the calls.
+        self.context = copy_context()
         # As many as are to come.
         self.left: deque[None] = deque()
         # The others are for guesses, and any thread may write them: the worst that can come of it
@@ -458,12 +460,17 @@ class _Followed(_Chunk):
 
     def __call__(self) -> None:
         call: Unfuture[Any] | None = None
+        outcome: Any = None
         try:
             for call, args in zip(self.calls, self.target.arguments(self.items), strict=True):
                 if call._begin():  # else it was cancelled, or somebody has set its outcome
-                    call._complete(*self.make(args))
+                    status, outcome = self.make(args)
+                    if status == _common.FAILED:
+                        self.fail_call(call, outcome)
+                    else:
+                        call._complete(status, outcome)
         finally:
-            del self, call  # a failure's frames refer to this one
+            del self, call, outcome  # a failure's frames refer to this one
 
     def drop(self) -> None:
         super().drop()
@@ -479,18 +486,24 @@ class _Followed(_Chunk):
         if came_back is None:
             return  # they were made here
         _, outcomes = came_back
-        for call, outcome in zip(calls, self.outcomes(outcomes), strict=False):
-            call._complete(*outcome)
+        for call, (status, outcome) in zip(calls, self.outcomes(outcomes), strict=False):
+            if status == _common.FAILED:
+                self.fail_call(call, outcome)
+            else:
+                call._complete(status, outcome)
         for call in calls[len(outcomes) :]:
             error = RuntimeError(f"no outcome of {self.target.name} came back")
-            call._complete(_common.FAILED, error)
+            self.fail_call(call, error)
 
     def give_up(self, failure: BaseException, cancelled: bool) -> None:
         for call in self.let_go():
             if cancelled:
                 call._complete(_common.CANCELLED, None)
             else:
-                call._complete(_common.FAILED, failure)
+                self.fail_call(call, failure)
+
+    def fail_call(self, call: Unfuture[Any], failure: BaseException) -> None:
+        _common.fail_in(self.pace.context, call, failure)
 
 
 class _Pickled(bytes):

@@ -1223,7 +1223,7 @@ caller = contextvars.ContextVar("caller", default="nobody")
 
 
 @unsync
-def function_fails() -> None:
+def function_fails(*_: object) -> None:
     raise Boom
 
 
@@ -1253,9 +1253,22 @@ def on_another_executor() -> Unfuture[None]:
         return Unfuture(executor.submit(fail))
 
 
+def in_a_chunk() -> Unfuture[None]:
+    first, second = unsync.calls(function_fails, range(2), chunksize=2)
+    assert isinstance(first.exception(PATIENCE), Boom)
+    return second
+
+
 @pytest.mark.parametrize(
     "make",
-    [function_fails, fails_at_once, fails_later, continuation_fails, on_another_executor],
+    [
+        function_fails,
+        fails_at_once,
+        fails_later,
+        continuation_fails,
+        in_a_chunk,
+        on_another_executor,
+    ],
 )
 @pytest.mark.alone  # there is one handler of the ambient loop
 def test_a_failure_that_nobody_looked_at_is_reported_in_the_context_of_the_call(
