@@ -446,22 +446,27 @@ def _dumps_as_it_is(failure: object) -> bytes:
     That may want more than the arguments which an exception keeps, and by which pickle makes it
     anew: many libraries have such.
     """
+    from multiprocessing.reduction import ForkingPickler
+
     buffer = io.BytesIO()
-    _failure_pickler()(buffer, 5).dump(failure)
+    try:
+        _failure_pickler(ForkingPickler)(buffer, 5).dump(failure)
+    except Exception:  # its class travels by value, as one of a notebook
+        buffer = io.BytesIO()
+        _failure_pickler(_value_pickler())(buffer, 5).dump(failure)
     return buffer.getvalue()
 
 
 @cache
-def _failure_pickler() -> Any:
-    from multiprocessing.reduction import ForkingPickler
-
-    class FailurePickler(ForkingPickler):
+def _failure_pickler(base: Any) -> Any:
+    class FailurePickler(base):  # type: ignore[misc]
         def reducer_override(self, thing: object) -> Any:
             if isinstance(thing, BaseException):
                 reduced = thing.__reduce_ex__(5)
                 if isinstance(reduced, tuple) and reduced[0] is type(thing):
                     return _remake, reduced[:2], *reduced[2:]
-            return NotImplemented
+            override = getattr(super(), "reducer_override", None)
+            return NotImplemented if override is None else override(thing)
 
     return FailurePickler
 

@@ -579,13 +579,14 @@ class _Settings(type):
         """Ends everything that was started; the next call starts afresh.
 
         Coroutines see `CancelledError`, work that has not begun is cancelled, and functions that
-        run are waited for. Executors that were assigned are left to their owners.
+        run are waited for. Executors that were assigned are left to their owners: calls that are
+        pending there go on, and do not count here; `drain` waits for them.
 
         :param timeout: how many seconds to wait in all; None for as long as it takes. After that,
             processes are terminated, and threads that still run are left behind.
         :param drain: waits first, for up to `timeout` seconds, as `unsync.drain()` does. Coroutines
             have a second then to clean up, if that is more than what is left.
-        :returns: whether everything ended in time.
+        :returns: whether everything that it ends ended in time.
         :raises RuntimeError: in `unsync.thread`, which cannot wait for its own end; with `drain` as
             `unsync.drain()` does.
         :raises ValueError: if `timeout` is nan.

@@ -72,6 +72,17 @@ class OwnError(Exception):
     pass
 
 
+class WithMoreArguments(Exception):
+    def __init__(self, text, code):
+        super().__init__(text)
+        self.code = code
+
+
+@unsync(cpu_bound=True)
+def fail_with_code():
+    raise ExceptionGroup("both", [WithMoreArguments("own", 7), OwnError()])
+
+
 @unsync(cpu_bound=True)
 def inner(x):
     return x + 1, os.getpid()
@@ -107,6 +118,8 @@ print(unsync(functools.partial(lambda x, y: x - y, 9), cpu_bound=True)(4).result
 print(sorted(unsync(sorted, cpu_bound=True)([3, 1, 2], key=lambda x: -x).result(60)))
 error = fail().exception(60)
 print(type(error) is OwnError, "in fail" in str(error.__cause__))
+error = fail_with_code().exception(60).exceptions[0]
+print(type(error) is WithMoreArguments, error.args, error.code)
 """
 
 
@@ -127,6 +140,7 @@ def test_what_was_typed_at_a_prompt_travels_by_value_and_comes_back_as_itself(
         "5",
         "[1, 2, 3]",
         "True True",
+        "True ('own',) 7",
     ]
 
 
