@@ -112,7 +112,7 @@ class Target:
         """How it goes to a process, found out once.
 
         Whether our main module is found there; what `_travel.reference_to` gives; and that as
-        `_found` takes it, if the function travels by reference.
+        `_found` takes it, if it is a function that travels by reference or by value.
 
         :raises pickle.PicklingError: if the function cannot go to another process.
         """
@@ -120,8 +120,12 @@ class Target:
         if found is None:
             has_our_main = _travel.has_our_main(imports_main)
             function = _travel.reference_to(self.below, has_our_main)
-            is_reference = isinstance(function, _travel.Reference)
-            found = has_our_main, function, _travel._dumps(function) if is_reference else None
+            packed = None
+            if isinstance(function, _travel.Reference):
+                packed = _travel._dumps(function)
+            elif isinstance(function, _travel._Parcel):
+                packed = _ByValue(function._pickled)
+            found = has_our_main, function, packed
             self._outward[imports_main] = found
         return found
 
@@ -506,6 +510,12 @@ class _Followed(_Chunk):
         _common.fail_in(self.pace.context, call, failure)
 
 
+class _ByValue(bytes):
+    """A pickled function."""
+
+    __slots__ = ()
+
+
 class _Pickled(bytes):
     """An outcome, pickled where the call was made."""
 
@@ -519,7 +529,7 @@ class _Pickled(bytes):
 def _make_each(
     name: str, packed: bytes, bare: bool, arguments: list[Any]
 ) -> tuple[bool, list[Any]]:
-    """Where the arguments of all calls are plain, and the function travels by reference."""
+    """Where the arguments of all calls are plain: the function need travel but once."""
     function = _found(packed)
     outcomes: list[Any] = []
     plain = True
@@ -558,6 +568,10 @@ def _make_all(name: str, parcels: list[bytes | None]) -> tuple[bool, list[Any]]:
 
 
 def _found(packed: bytes) -> Any:
+    if isinstance(packed, _ByValue):
+        import pickle
+
+        return pickle.loads(packed)  # with the globals that it names: it may be large
     reference = _unpacked(packed)
     try:
         return reference._find()

@@ -83,6 +83,24 @@ def fail_with_code():
     raise ExceptionGroup("both", [WithMoreArguments("own", 7), OwnError()])
 
 
+class Global:
+    loaded = 0
+
+    def __init__(self):
+        self.large = list(range(10))
+
+    def __setstate__(self, state):
+        type(self).loaded += 1
+
+
+a_global = Global()
+
+
+@unsync(cpu_bound=True)
+def loads_of_the_global(_):
+    return a_global.loaded
+
+
 @unsync(cpu_bound=True)
 def inner(x):
     return x + 1, os.getpid()
@@ -120,6 +138,8 @@ error = fail().exception(60)
 print(type(error) is OwnError, "in fail" in str(error.__cause__))
 error = fail_with_code().exception(60).exceptions[0]
 print(type(error) is WithMoreArguments, error.args, error.code)
+calls = unsync.calls(loads_of_the_global, range(8), chunksize=8)
+print({{call.result(60) for call in calls}})
 """
 
 
@@ -141,6 +161,7 @@ def test_what_was_typed_at_a_prompt_travels_by_value_and_comes_back_as_itself(
         "[1, 2, 3]",
         "True True",
         "True ('own',) 7",
+        "{1}",  # it travelled once for all of them
     ]
 
 
