@@ -6,7 +6,8 @@ In `conftest.py`:
 
 Both are found after each test, in the teardown of a fixture that comes before all others, and so
 ends after them. What was pending before the test is none of its business. How long to wait for the
-work, in seconds, is pytest's setting `unsync_timeout`: 10 if it is left away.
+work, in seconds, is pytest's setting `unsync_timeout`: 10 if it is left away. After a run that was
+interrupted nothing is looked for.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from unsync._backend import Unfuture, take_unseen
 from unsync._common import is_unseen_message, monotonic
 from unsync.unsync import ambient_mailbox
 
-__all__ = ["pytest_addoption", "unsync_leaves_nothing"]
+__all__ = ["pytest_addoption", "pytest_sessionfinish", "unsync_leaves_nothing"]
 
 _TIMEOUT = "10"
+
+# Set when the run is over. The fixture of a test that is torn down only then, since the test was
+# interrupted, looks for nothing: Ctrl-C must not wait for what it has interrupted, nor is there
+# anybody left who would report what is raised.
+_is_over = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
         "unsync_timeout", "seconds that a test's work may go on after it", default=_TIMEOUT
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is left to be torn down is
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[_is_over] = True
 
 
 class _Listener(logging.Handler):
@@ -62,6 +73,8 @@ def unsync_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         logger.addHandler(listener)
     try:
         yield
+        if request.config.stash.get(_is_over, False):
+            return
         left = _wait(before, timeout)
         # A call that was dropped may have been freed just now: the loop is told of its failure.
         _drain.pending_now(ambient_mailbox())
