@@ -13,6 +13,7 @@ interrupted nothing is looked for.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,12 @@ from unsync._backend import Unfuture, take_unseen
 from unsync._common import is_unseen_message, monotonic
 from unsync.unsync import ambient_mailbox
 
-__all__ = ["pytest_addoption", "pytest_sessionfinish", "unsync_leaves_nothing"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_sessionfinish",
+    "unsync_leaves_nothing",
+]
 
 _TIMEOUT = "10"
 
@@ -39,9 +45,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    _timeout(config)  # not at each test
+
+
 @pytest.hookimpl(tryfirst=True)  # before what is left to be torn down is
 def pytest_sessionfinish(session: pytest.Session) -> None:
     session.config.stash[_is_over] = True
+
+
+def _timeout(config: pytest.Config) -> float:
+    """:raises pytest.UsageError: if it is no number, or less than 0."""
+    given = config.getini("unsync_timeout")
+    try:
+        timeout = float(given)
+    except ValueError:
+        timeout = math.nan
+    if not timeout >= 0:  # as nan is not
+        raise pytest.UsageError(
+            f"unsync_timeout must be a number of seconds, at least 0, not {given!r}"
+        )
+    return timeout
 
 
 class _Listener(logging.Handler):
@@ -64,7 +88,7 @@ def unsync_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
     :raises ExceptionGroup: after the test, of the failures that nobody looked at.
     """
-    timeout = float(request.config.getini("unsync_timeout"))
+    timeout = _timeout(request.config)
     before = {*_drain.pending_now(ambient_mailbox())}
     listener = _Listener()
     # The first is that of the ambient loop's own exception handler.

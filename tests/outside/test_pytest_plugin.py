@@ -165,3 +165,17 @@ def test_an_interrupt_ends_the_run_at_once(tmp_path: Path, interrupt: str, words
     assert re.search(rf"!!! (.*\.)?{words} !!!", done.stdout), done.stdout
     assert outcomes(done.stdout) == "no tests ran"
     assert done.returncode == pytest.ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("given", ["abc", "-1", "nan", ""])
+def test_a_timeout_that_is_no_number_of_seconds(tmp_path: Path, given: str) -> None:
+    done = start(tmp_path, "def test_it(): pass", timeout=given)
+    words = f"ERROR: unsync_timeout must be a number of seconds, at least 0, not {given!r}\n"
+    assert words in done.stderr
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.parametrize("given", ["0", "inf"])
+def test_a_timeout_of_nothing_and_one_without_end(tmp_path: Path, given: str) -> None:
+    done = start(tmp_path, "def test_it(): pass", timeout=given)
+    assert outcomes(done.stdout) == "1 passed"
