@@ -1,5 +1,7 @@
 """The bridge between threads and asyncio: mark any function, get one future for both worlds."""
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from unsync._backend import ACCELERATED
@@ -59,7 +61,7 @@ if not TYPE_CHECKING:  # which would take any name for one that is there
             except (ImportError, OSError, LookupError):
                 return "unknown"
         if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_advice(name)}")
         from importlib import import_module
 
         found = import_module(f"unsync.{_LATER[name]}")
@@ -73,4 +75,27 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LATER})
 
 
-del TYPE_CHECKING  # no name of this package
+def _advice(name: str) -> str:
+    """For who looks here for what the decorator of the same name has."""
+    if name.startswith("_") or name not in vars(type(unsync)):
+        return ""
+    return f": the decorator has it; write `from unsync import unsync`, and then `unsync.{name}`"
+
+
+class _Package(ModuleType):
+    """The class of this module, which takes no setting of the decorator: it would do nothing."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        advice = _advice(name)
+        if advice:
+            raise AttributeError(f"{name!r} cannot be set on the module {__name__!r}{advice}")
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # cloudpickle and its like know how modules travel, but of no other class than theirs.
+        return __import__, (__name__,)
+
+
+sys.modules[__name__].__class__ = _Package
+
+del TYPE_CHECKING, ModuleType, sys  # no names of this package

@@ -2300,11 +2300,11 @@ class Unfuture(_Future[T]):
         """In the ambient loop: its coroutine's first step was its last."""
         call = self._source
         status, outcome = outcome_of_asyncio(task)
-        if status == FINISHED and isinstance(call, _Call) and call.requests:
-            # As in asyncio: a task that cancels itself and then returns is cancelled.
-            status, outcome = CANCELLED, call.requests[-1].message
         if status == FAILED:
             fail_in(context, self, outcome)
+        elif status == FINISHED and isinstance(call, _Call) and call.requests:
+            # As in asyncio: a task that cancels itself and then returns is cancelled.
+            self._complete(CANCELLED, call.requests[-1].message)
         else:
             self._complete(status, outcome)
         if isinstance(call, _Call):

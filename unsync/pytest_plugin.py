@@ -6,12 +6,14 @@ In `conftest.py`:
 
 Both are found after each test, in the teardown of a fixture that comes before all others, and so
 ends after them. What was pending before the test is none of its business. How long to wait for the
-work, in seconds, is pytest's setting `unsync_timeout`: 10 if it is left away.
+work, in seconds, is pytest's setting `unsync_timeout`: 10 if it is left away. After a run that was
+interrupted nothing is looked for.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,15 +24,48 @@ from unsync._backend import Unfuture, take_unseen
 from unsync._common import is_unseen_message, monotonic
 from unsync.unsync import ambient_mailbox
 
-__all__ = ["pytest_addoption", "unsync_leaves_nothing"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_sessionfinish",
+    "unsync_leaves_nothing",
+]
 
 _TIMEOUT = "10"
+
+# Set when the run is over. The fixture of a test that is torn down only then, since the test was
+# interrupted, looks for nothing: Ctrl-C must not wait for what it has interrupted, nor is there
+# anybody left who would report what is raised.
+_is_over = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
         "unsync_timeout", "seconds that a test's work may go on after it", default=_TIMEOUT
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _timeout(config)  # not at each test
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is left to be torn down is
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[_is_over] = True
+
+
+def _timeout(config: pytest.Config) -> float:
+    """:raises pytest.UsageError: if it is no number, or less than 0."""
+    given = config.getini("unsync_timeout")
+    try:
+        timeout = float(given)
+    except ValueError:
+        timeout = math.nan
+    if not timeout >= 0:  # as nan is not
+        raise pytest.UsageError(
+            f"unsync_timeout must be a number of seconds, at least 0, not {given!r}"
+        )
+    return timeout
 
 
 class _Listener(logging.Handler):
@@ -53,7 +88,7 @@ def unsync_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
 
     :raises ExceptionGroup: after the test, of the failures that nobody looked at.
     """
-    timeout = float(request.config.getini("unsync_timeout"))
+    timeout = _timeout(request.config)
     before = {*_drain.pending_now(ambient_mailbox())}
     listener = _Listener()
     # The first is that of the ambient loop's own exception handler.
@@ -62,6 +97,8 @@ def unsync_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         logger.addHandler(listener)
     try:
         yield
+        if request.config.stash.get(_is_over, False):
+            return
         left = _wait(before, timeout)
         # A call that was dropped may have been freed just now: the loop is told of its failure.
         _drain.pending_now(ambient_mailbox())

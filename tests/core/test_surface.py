@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import pickle
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 import unsync as package
-from unsync import _backend, _core_py
+from unsync import _backend, _common, _core_py
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -466,3 +467,64 @@ def test_no_module_shows_the_clock_that_waits_go_by() -> None:
     for module in modules.values():
         shown = [name for name in dir(module) if getattr(module, name, None) is time.monotonic]
         assert not shown, module
+
+
+# Settings and methods of the decorator, looked for on the module of the same name.
+
+OF_THE_DECORATOR = [
+    *("calls", "drain", "exit_timeout", "loop", "loop_factory", "map", "process_executor"),
+    *("shutdown", "stats", "thread", "thread_executor"),
+]
+
+
+def test_the_list_of_what_the_decorator_has_is_complete() -> None:
+    assert {name for name in vars(type(package.unsync)) if name[0] != "_"} == {*OF_THE_DECORATOR}
+
+
+@pytest.mark.parametrize("name", OF_THE_DECORATOR)
+def test_what_the_decorator_has_is_not_the_modules_and_the_error_says_so(name: str) -> None:
+    advice = rf"from unsync import unsync`, and then `unsync\.{name}`"
+    module: Any = package
+    with pytest.raises(
+        AttributeError, match=rf"module 'unsync' has no attribute '{name}': .*{advice}"
+    ):
+        getattr(module, name)
+    with pytest.raises(
+        AttributeError, match=rf"'{name}' cannot be set .*module 'unsync': .*{advice}"
+    ):
+        setattr(module, name, None)
+    assert not hasattr(module, name)
+    assert name not in dir(module)
+    assert name not in vars(module)
+
+
+def test_other_attributes_of_the_module_can_be_set_and_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module: Any = package
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Unfuture", int)
+        patch.setattr(module, "mine", 1, raising=False)
+        patch.delattr(module, "CancelledError")
+        assert (module.Unfuture, module.mine, hasattr(module, "CancelledError")) == (int, 1, False)
+    assert (module.Unfuture, hasattr(module, "mine")) == (_backend.Unfuture, False)
+    assert module.CancelledError is _common.CancelledError
+    assert isinstance(module, ModuleType)
+    assert repr(module).startswith("<module 'unsync' from ")
+
+
+def test_the_module_can_be_loaded_anew(run_python: RunPython) -> None:
+    run = run_python("""
+        import importlib, unsync
+        importlib.reload(unsync)
+        try:
+            unsync.thread_executor = None
+        except AttributeError:
+            print("refused")
+    """)
+    assert (run.stdout, run.stderr) == ("refused\n", "")
+
+
+def test_the_module_travels() -> None:
+    """cloudpickle, which knows how modules do, knows them by their class."""
+    assert pickle.loads(pickle.dumps(package)) is package

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BEGINNING = """
 import asyncio
 import threading
@@ -31,18 +33,23 @@ def save(gate):
 """
 
 
-def run(folder: Path, tests: str, *options: str) -> str:
+def start(
+    folder: Path, tests: str, *options: str, timeout: str = "0.1"
+) -> subprocess.CompletedProcess[str]:
     (folder / "conftest.py").write_text('pytest_plugins = ["unsync.pytest_plugin"]\n')
     (folder / "test_of_a_user.py").write_text(BEGINNING + tests)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    done = subprocess.run(
-        [*command, "-o", "unsync_timeout=0.1", *options],
+    return subprocess.run(
+        [*command, "-o", f"unsync_timeout={timeout}", *options],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    return done.stdout
+
+
+def run(folder: Path, tests: str, *options: str) -> str:
+    return start(folder, tests, *options).stdout
 
 
 def outcomes(output: str) -> str:
@@ -133,3 +140,42 @@ kept = []
     assert output.count("calls of this test failed, and nobody looked: 1") >= 4
     for where in ("dropped", "kept", "in a cycle", "in a coroutine"):
         assert f"OSError: {where}" in output
+
+
+# A wait for what is left would last longer than the program may.
+INTERRUPTED = """
+unsync.exit_timeout = 0
+
+def test_it():
+    save(gate)
+    fail(OSError("nobody looked"))
+    raise {interrupt}
+
+def test_the_next_one():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "words"),
+    [("KeyboardInterrupt", "KeyboardInterrupt"), ("pytest.exit('enough')", "Exit: enough")],
+)
+def test_an_interrupt_ends_the_run_at_once(tmp_path: Path, interrupt: str, words: str) -> None:
+    done = start(tmp_path, INTERRUPTED.format(interrupt=interrupt), timeout="3600")
+    assert re.search(rf"!!! (.*\.)?{words} !!!", done.stdout), done.stdout
+    assert outcomes(done.stdout) == "no tests ran"
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("given", ["abc", "-1", "nan", ""])
+def test_a_timeout_that_is_no_number_of_seconds(tmp_path: Path, given: str) -> None:
+    done = start(tmp_path, "def test_it(): pass", timeout=given)
+    words = f"ERROR: unsync_timeout must be a number of seconds, at least 0, not {given!r}\n"
+    assert words in done.stderr
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.parametrize("given", ["0", "inf"])
+def test_a_timeout_of_nothing_and_one_without_end(tmp_path: Path, given: str) -> None:
+    done = start(tmp_path, "def test_it(): pass", timeout=given)
+    assert outcomes(done.stdout) == "1 passed"
