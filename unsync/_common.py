@@ -384,8 +384,16 @@ def check_context(context: object) -> None:
 
 
 def check_timeout(timeout: float) -> None:
-    """:raises ValueError: if it is no number."""
-    if math.isnan(timeout):
+    """:raises TypeError: if it is no number.
+    :raises ValueError: if it is nan, or a number that no float can be.
+    """
+    try:
+        is_nan = math.isnan(timeout)
+    except TypeError:
+        raise TypeError(f"a timeout is a number of seconds, not {timeout!r}") from None
+    except OverflowError:
+        raise ValueError("a timeout is a number of seconds, and None is for ever") from None
+    if is_nan:
         raise ValueError("a timeout is a number of seconds, not nan")
 
 

@@ -585,10 +585,20 @@ def test_not_where_an_event_loop_runs() -> None:
     assert done == [1]
 
 
-@pytest.mark.parametrize("method", [unsync.drain, unsync.shutdown])
-def test_a_timeout_that_is_no_number(method: Callable[..., bool]) -> None:
-    with pytest.raises(ValueError, match="a timeout is a number of seconds, not nan"):
-        method(float("nan"))
+@pytest.mark.parametrize("method", [unsync.drain, unsync.shutdown, Unfuture().result])
+@pytest.mark.parametrize(
+    ("timeout", "error", "words"),
+    [
+        (float("nan"), ValueError, "a timeout is a number of seconds, not nan"),
+        (10**400, ValueError, "a timeout is a number of seconds, and None is for ever"),
+        ("1", TypeError, "a timeout is a number of seconds, not '1'"),
+    ],
+)
+def test_a_timeout_that_is_no_number(
+    method: Callable[[Any], object], timeout: object, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=f"^{words}$"):
+        method(timeout)
 
 
 # A shutdown that drains.
