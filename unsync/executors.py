@@ -445,6 +445,8 @@ def submit_to(
                 failed.set_exception(exc)
                 return failed
         future = _way_out(executor)(*job)
+        if type(future) is concurrent.futures.Future:  # nobody but us will see it
+            future.__class__ = _CalmFuture
     if isinstance(future, Unfuture):
         return future
     if batch is not None:
@@ -458,6 +460,22 @@ def submit_to(
     tell_watcher(unfuture)
     note_elsewhere(future, [unfuture], _is_pool(executor))
     return unfuture
+
+
+class _CalmFuture(concurrent.futures.Future[Any]):
+    """What the future of a process pool becomes: one that can be failed after it was cancelled.
+
+    When a worker dies, the thread that manages the pool fails all that is pending; up to Python
+    3.11 what was cancelled in its queue, too. That raised, and was the end of the thread: the calls
+    behind it stayed pending for ever, and the other workers alive.
+    """
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        try:
+            super().set_exception(exception)
+        except concurrent.futures.InvalidStateError:
+            if not self.cancelled():
+                raise
 
 
 class _Elsewhere:
@@ -596,18 +614,30 @@ def _way_out(
         _end_if_importing_main()
     context = getattr(executor, "_mp_context", None)
     forks = context is not None and context.get_start_method() == "fork"
-    if forks or getattr(executor, "_processes", None) is None:
+    if getattr(executor, "_processes", None) is None:
         return executor.submit
-    return partial(_submit_guarded, executor)
+    return partial(_submit if forks else _submit_guarded, executor)
+
+
+def _submit(executor: concurrent.futures.Executor, *job: Any) -> concurrent.futures.Future[Any]:
+    """`executor.submit`, but a broken pool refuses without its lock.
+
+    From Python 3.12 on the thread that manages a pool holds that while it fails the pool's calls:
+    whoever is told of one there, and makes another, would wait for himself for ever.
+    """
+    broken = getattr(executor, "_broken", False)
+    if broken:
+        raise sys.modules["concurrent.futures.process"].BrokenProcessPool(broken)
+    return executor.submit(*job)
 
 
 def _submit_guarded(
     executor: concurrent.futures.Executor, *job: Any
 ) -> concurrent.futures.Future[Any]:
-    """`executor.submit`, with advice if the main program has no guard."""
+    """`_submit`, with advice if the main program has no guard."""
     processes: dict[int, Any] = executor._processes  # type: ignore[attr-defined]
     try:
-        future = executor.submit(*job)
+        future = _submit(executor, *job)
     except concurrent.futures.BrokenExecutor as exc:
         if executor in _unguarded:
             exc.args = (_ADVICE,)
@@ -693,6 +723,9 @@ class ProcessPool:
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
         self._at_first = at_first
         self._process: int | None = None  # in which it was called
+        # The last one that broke. As it dies it takes its lock, which the thread that finds it
+        # broken may hold: see `_submit`.
+        self._former: concurrent.futures.ProcessPoolExecutor | None = None
         # Left by a parent process: kept, since ending it here would speak to the parent's workers.
         self._inherited: list[concurrent.futures.ProcessPoolExecutor] = []
 
@@ -741,8 +774,7 @@ class ProcessPool:
             # down. Either way this call is not concerned.
             with self.lock:
                 if self._executor is executor:
-                    self._executor = None
-            executor.shutdown(wait=False)
+                    self._executor, self._former = None, executor
         # Not while that is handled: else it would be the context of whatever is raised from now on.
         return submit_to(self.executor, function, args, kwargs)
 
@@ -757,7 +789,8 @@ class ProcessPool:
             return True
         processes = list((executor._processes or {}).values())
         manager: Any = executor._executor_manager_thread
-        executor.shutdown(wait=False, cancel_futures=True)
+        if not executor._broken:  # else it ends by itself, and may have its lock: see `_submit`
+            executor.shutdown(wait=False, cancel_futures=True)
         if manager is None:
             return True
         if manager is threading.current_thread():
@@ -776,13 +809,21 @@ class ProcessPool:
                 for process in processes:
                     process.kill()
                 manager.join(_TERMINATE_SECONDS)
+            if not manager.is_alive():
+                # If it has failed, it has left them alive, and multiprocessing would wait for them.
+                for process in processes:
+                    if process.is_alive():
+                        process.kill()
         return ended
 
     def after_fork(self) -> None:
         """In the child: the pool's processes are the parent's children, not ours."""
         self.lock = _common.Making()
-        executor, self._executor = self._executor, None
-        if executor is not None:
+        left = self._executor, self._former
+        self._executor = self._former = None
+        for executor in left:
+            if executor is None:
+                continue
             self._inherited.append(executor)
             manager: Any = executor._executor_manager_thread
             if manager is not None:

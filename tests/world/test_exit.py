@@ -750,6 +750,35 @@ def test_workers_that_handle_the_signal_end_too(run_python: Run) -> None:
     assert run_long_work(run_python, START_METHODS[0], begin=handler) == ""
 
 
+def test_workers_whose_manager_has_failed_end_too(run_python: Run) -> None:
+    """Else multiprocessing would wait for them."""
+    done = run_python("""
+        import time
+        from concurrent.futures import process
+
+        from unsync import unsync
+
+        def fail(manager, cause):
+            raise SystemExit
+
+        @unsync(cpu_bound=True)
+        def sleep():
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            process._ExecutorManagerThread.terminate_broken = fail
+            unsync.process_executor._max_workers = 2
+            calls = [sleep(), sleep()]
+            manager = unsync.process_executor._executor_manager_thread
+            # Of the second one's death the manager need not hear at once.
+            next(iter(unsync.process_executor._processes.values())).kill()
+            manager.join(60)
+            assert not manager.is_alive()
+            unsync.exit_timeout = 0
+    """)
+    assert (done.stderr, done.returncode) == ("unsync: the exit lost 2 calls of sleep()\n", 0)
+
+
 # Calls made at the last moment.
 
 

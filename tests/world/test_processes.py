@@ -848,6 +848,64 @@ def test_after_a_worker_died_the_next_call_has_a_new_pool(method: str, run_pytho
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("pool", ["None", "ProcessPoolExecutor(1, get_context('spawn'))"])
+def test_when_a_worker_dies_what_was_cancelled_in_the_queue_is_in_nobodys_way(
+    pool: str, run_python: Run
+) -> None:
+    program = f"""
+    import multiprocessing
+    import os
+    import time
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+    from multiprocessing import get_context
+    from unsync import unsync
+
+    @unsync(cpu_bound=True)
+    def sleep():
+        time.sleep(600)
+
+    if __name__ == "__main__":
+        unsync.process_executor = {pool}
+        calls = [sleep() for _ in range(3 * os.cpu_count() + 9)]
+        cancelled = calls[-4:-2]
+        assert all(call.cancel() for call in cancelled)
+        multiprocessing.active_children()[0].kill()
+        for call in calls:
+            assert call in cancelled or isinstance(call.exception(60), BrokenProcessPool), call
+    """
+    done = run_python(program)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_who_is_told_that_a_worker_died_may_make_a_call(run_python: Run) -> None:
+    program = """
+    import os
+    import threading
+    from unsync import unsync
+
+    @unsync(cpu_bound=True)
+    def die():
+        os._exit(1)
+
+    @unsync(cpu_bound=True)
+    def double(x):
+        return 2 * x
+
+    def go_on(call):
+        assert call.exception() is not None
+        made.append(double(3))
+        told.set()
+
+    if __name__ == "__main__":
+        made, told = [], threading.Event()
+        die().add_done_callback(go_on)
+        assert told.wait(60)
+        print(made[0].result(60))
+    """
+    done = run_python(program)
+    assert (done.stdout, done.stderr, done.returncode) == ("6\n", "", 0)
+
+
 def test_the_call_that_finds_the_pool_broken_goes_to_a_new_one(run_python: Run) -> None:
     program = """
     import os
