@@ -485,36 +485,60 @@ class _Elsewhere:
     waited for by nobody.
 
     :param in_pool: whether threads or processes are at them which are sure to end them.
+    :param stand_in: makes an Unfuture in place of calls that have none, as those of a stream;
+        called when somebody drains.
     """
 
-    __slots__ = ("__weakref__", "calls", "in_pool")
+    __slots__ = ("__weakref__", "calls", "in_pool", "stand_in")
 
-    def __init__(self, calls: list[Unfuture[Any]], in_pool: bool) -> None:
+    def __init__(
+        self,
+        calls: list[Unfuture[Any]],
+        in_pool: bool,
+        stand_in: Callable[[], Unfuture[Any] | None] | None,
+    ) -> None:
         self.calls = calls
         self.in_pool = in_pool
+        self.stand_in = stand_in
+
+    def known(self) -> list[Unfuture[Any]]:
+        """The calls, for who drains."""
+        calls, stand_in = self.calls, self.stand_in
+        if stand_in is not None and not calls and (made := stand_in()) is not None:
+            # If it ends just now nobody finds this list any more, nor need anybody.
+            calls.append(made)
+        return calls
 
     def __call__(self, future: object) -> None:
         """The last to hear of it: all who wait for the calls have been told."""
         _elsewhere.pop(id(self), None)
-        calls, self.calls = self.calls, []  # the future keeps what it has called
-        if when_back is not None:
+        # The future keeps what it has called.
+        calls, self.calls, self.stand_in = self.calls, [], None
+        tell = when_back
+        if tell is not None:
             for call in calls:
-                when_back(call)
+                tell(call)
 
 
 # All that are alive.
 _elsewhere: dict[int, weakref.ref[_Elsewhere]] = {}
-# Set by who drains: told of each of those calls.
+# Set while somebody drains: told of each of those calls when its executor is through with it.
 when_back: Callable[[Unfuture[Any]], object] | None = None
 
 
 def note_elsewhere(
-    future: concurrent.futures.Future[Any], calls: list[Unfuture[Any]], in_pool: bool
+    future: concurrent.futures.Future[Any],
+    calls: list[Unfuture[Any]],
+    in_pool: bool,
+    stand_in: Callable[[], Unfuture[Any] | None] | None = None,
 ) -> None:
-    """For who drains."""
-    elsewhere = _Elsewhere(calls, in_pool)
+    """For who drains: now, or later."""
+    elsewhere = _Elsewhere(calls, in_pool, stand_in)
     forget = partial(_elsewhere.pop, id(elsewhere))
     _elsewhere[id(elsewhere)] = weakref.ref(elsewhere, forget)
+    if stand_in is not None and when_back is not None:
+        for call in elsewhere.known():
+            tell_watcher(call)
     future.add_done_callback(elsewhere)
 
 
@@ -525,7 +549,7 @@ def calls_elsewhere(in_pools: bool) -> list[Unfuture[Any]]:
         call
         for elsewhere in found
         if elsewhere is not None and (elsewhere.in_pool or not in_pools)
-        for call in elsewhere.calls
+        for call in elsewhere.known()
     ]
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -777,6 +778,49 @@ def test_workers_whose_manager_has_failed_end_too(run_python: Run) -> None:
             unsync.exit_timeout = 0
     """)
     assert (done.stderr, done.returncode) == ("unsync: the exit lost 2 calls of sleep()\n", 0)
+
+
+LEFT_STREAM = """
+import sys
+import time
+from pathlib import Path
+
+from unsync import unsync
+
+
+@unsync(cpu_bound=True)
+def hold(name):
+    Path(name).touch()
+    # Not for ever: should it be left behind, it must not live that long.
+    time.sleep(0 if name == "first" else 600)
+
+
+if __name__ == "__main__":
+    import signal
+
+    # What a shell starts in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with unsync.map(hold, ["first", "second"], chunksize=1) as stream:
+        next(iter(stream))
+        until = time.monotonic() + 60
+        while not Path("second").exists():
+            assert time.monotonic() < until
+            time.sleep(0.001)
+"""
+
+
+@posix_only
+def test_it_says_that_it_waits_for_the_chunks_of_a_stream_that_was_left(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(LEFT_STREAM)
+    with subprocess.Popen(
+        [sys.executable, "program.py"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        waits = "unsync: the exit waits for 1 call of hold() (Ctrl-C ends the wait)\n"
+        assert process.stderr.readline() == waits
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert (errors, process.returncode) == ("unsync: the exit lost 1 call of hold()\n", 0)
 
 
 # Calls made at the last moment.

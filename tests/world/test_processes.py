@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import pytest
 from support.waiting import PATIENCE, wait_until
 
-from unsync import CancelledError, Unfuture, executors, unsync
+from unsync import CancelledError, Unfuture, _backend, _drain, executors, unsync
 
 START_METHODS = multiprocessing.get_all_start_methods()
 # Those that the default pool uses.
@@ -386,6 +386,40 @@ def test_cancel_reaches_what_is_queued_and_not_what_runs(tmp_path: Path) -> None
         call.result(PATIENCE)
     square(1).result(PATIENCE)  # came after all of them
     assert not (tmp_path / "begun7").exists()
+
+
+@pytest.mark.usefixtures("pool")
+def test_a_drain_waits_for_the_chunks_of_a_stream_that_was_left(
+    tmp_path: Path, in_thread: Callable[[Callable[[], object]], threading.Thread]
+) -> None:
+    release = tmp_path / "release"
+    goes_on, answers = threading.Event(), list[bool]()
+
+    def leave(name: str) -> None:
+        """With a chunk that runs; the first one ends at once."""
+        second = tmp_path / name
+        begun = [str(tmp_path / "first"), str(second)]
+        with unsync.map(hold, begun, [str(tmp_path), str(release)], chunksize=1) as stream:
+            next(iter(stream))
+            wait_until(second.exists, "the second chunk")
+
+    leave("before")
+    assert unsync.drain(0) is False
+    assert [*map(_backend.name_of_call, _drain.pending_now(None))] == ["hold"]
+    release.touch()
+    assert unsync.drain(PATIENCE) is True
+
+    # And for those that are made meanwhile, by what it waits for.
+    release.unlink()
+    call = unsync(lambda: goes_on.wait(PATIENCE) and leave("meanwhile"))()
+    in_thread(lambda: answers.append(unsync.drain(PATIENCE)))
+    drains = _drain._watcher._drains
+    wait_until(lambda: drains and not drains[0]._is_looking, "the drain")
+    goes_on.set()
+    call.result(PATIENCE)
+    assert [*map(_backend.name_of_call, drains[0].pending())] == ["hold"]
+    release.touch()
+    wait_until(lambda: answers == [True], "the end of the drain")
 
 
 # What can go there.
