@@ -887,12 +887,11 @@ def _pythons_choice() -> str:
 def _make_process_pool() -> concurrent.futures.ProcessPoolExecutor:
     import multiprocessing
 
-    if _pythons_choice() != "fork":
-        return concurrent.futures.ProcessPoolExecutor()
+    might_fork = _pythons_choice() == "fork"
     return concurrent.futures.ProcessPoolExecutor(
-        mp_context=multiprocessing.get_context(start_method()),
-        initializer=_travel.tell_first_failure,
-        initargs=(_BEGAN_ANEW,),
+        mp_context=multiprocessing.get_context(start_method()) if might_fork else None,
+        initializer=_travel.set_up_process,
+        initargs=(_BEGAN_ANEW if might_fork else None,),
     )
 
 

@@ -823,6 +823,71 @@ def test_it_says_that_it_waits_for_the_chunks_of_a_stream_that_was_left(tmp_path
     assert (errors, process.returncode) == ("unsync: the exit lost 1 call of hold()\n", 0)
 
 
+INTERRUPTED = """
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from unsync import unsync
+
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@unsync(cpu_bound=True)
+def sleep():
+    Path("begun").write_text(str(os.getpid()))
+    # Not for ever: should it be left behind, it must not live that long.
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    import multiprocessing
+
+    multiprocessing.set_start_method(sys.argv[1])
+    calls = [sleep()]
+    until = time.monotonic() + 60
+    while not Path("begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@posix_only
+@pytest.mark.parametrize("method", START_METHODS)
+def test_a_ctrl_c_ends_no_worker_and_one_at_the_exit_ends_all(method: str, tmp_path: Path) -> None:
+    """As a terminal sends it: to all processes."""
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, "program.py", method],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        pids = process.stdout.readline().split()
+        os.killpg(process.pid, signal.SIGINT)
+        waits = "unsync: the exit waits for 1 call of sleep() (Ctrl-C ends the wait)\n"
+        assert process.stderr.readline() == waits
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (output, errors) == ("interrupted\n", "unsync: the exit lost 1 call of sleep()\n")
+    assert process.returncode == 0
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
 # Calls made at the last moment.
 
 

@@ -422,6 +422,45 @@ def test_a_drain_waits_for_the_chunks_of_a_stream_that_was_left(
     wait_until(lambda: answers == [True], "the end of the drain")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_is_not_for_the_workers_of_the_default_pool(run_python: Run) -> None:
+    """Nor is it ignored by what they start."""
+    program = """
+    import multiprocessing
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+    from pathlib import Path
+    from unsync import unsync
+
+    # What a shell starts in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @unsync(cpu_bound=True)
+    def hold():
+        Path("begun").touch()
+        until = time.monotonic() + 60
+        while not Path("release").exists() and time.monotonic() < until:
+            time.sleep(0.001)
+        ask = "import signal; print(signal.getsignal(signal.SIGINT).__name__)"
+        return subprocess.check_output([sys.executable, "-c", ask], text=True)
+
+    if __name__ == "__main__":
+        call = hold()
+        while not Path("begun").exists():
+            assert not call.done()
+            time.sleep(0.001)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+        Path("release").touch()
+        print(call.result(60))
+    """
+    done = run_python(program)
+    assert (done.stdout, done.stderr) == ("default_int_handler\n\n", "")
+
+
 # What can go there.
 
 
