@@ -45,12 +45,14 @@ class _Watcher:
         with self._lock:
             self._drains.append(drain)
             watch_calls(self)
+            executors.when_back = self.is_through
 
     def remove(self, drain: Drain) -> None:
         with self._lock:
             self._drains.remove(drain)
             if not self._drains:
                 watch_calls(None)
+                executors.when_back = None
 
     def made(
         self,
@@ -68,13 +70,13 @@ class _Watcher:
 
 
 _watcher = _Watcher()
-executors.when_back = lambda call: _watcher.is_through(call)
 
 
 def after_fork() -> None:
     """In the child: who drained is with the parent."""
     global _watcher
     watch_calls(None)
+    executors.when_back = None
     _watcher = _Watcher()
 
 

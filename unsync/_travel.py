@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from functools import cache, partial
-from types import CodeType, CoroutineType, FunctionType
+from types import CodeType, CoroutineType, FrameType, FunctionType
 from typing import Any, TypeVar
 
 from unsync._backend import Unfuture
@@ -418,10 +418,32 @@ def run(name: str, parcel: bytes) -> object:
 _note: str | None = None
 
 
-def tell_first_failure(note: str) -> None:
-    """In a worker process: the first failure there gets this note."""
+def set_up_process(note: str | None) -> None:
+    """In a worker process of our own pool, before its first call.
+
+    :param note: what the first failure there is told.
+    """
+    import signal
+
     global _note
     _note = note
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_to_parent)
+
+
+def _leave_to_parent(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does in a worker process: nothing, as long as there is who ends it.
+
+    It comes to all processes of a terminal or kernel, and is meant for the program, which may go on
+    and whose end ends its workers. It is not ignored as by SIG_IGN, which what the worker starts
+    would inherit.
+    """
+    import multiprocessing
+    import signal
+
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        signal.default_int_handler(number, frame)
 
 
 def _add_note(failure: BaseException) -> None:

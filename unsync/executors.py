@@ -445,6 +445,8 @@ def submit_to(
                 failed.set_exception(exc)
                 return failed
         future = _way_out(executor)(*job)
+        if type(future) is concurrent.futures.Future:  # nobody but us will see it
+            future.__class__ = _CalmFuture
     if isinstance(future, Unfuture):
         return future
     if batch is not None:
@@ -460,6 +462,22 @@ def submit_to(
     return unfuture
 
 
+class _CalmFuture(concurrent.futures.Future[Any]):
+    """What the future of a process pool becomes: one that can be failed after it was cancelled.
+
+    When a worker dies, the thread that manages the pool fails all that is pending; up to Python
+    3.11 what was cancelled in its queue, too. That raised, and was the end of the thread: the calls
+    behind it stayed pending for ever, and the other workers alive.
+    """
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        try:
+            super().set_exception(exception)
+        except concurrent.futures.InvalidStateError:
+            if not self.cancelled():
+                raise
+
+
 class _Elsewhere:
     """Calls that an executor has which is not ours: told of their end by its future.
 
@@ -467,36 +485,60 @@ class _Elsewhere:
     waited for by nobody.
 
     :param in_pool: whether threads or processes are at them which are sure to end them.
+    :param stand_in: makes an Unfuture in place of calls that have none, as those of a stream;
+        called when somebody drains.
     """
 
-    __slots__ = ("__weakref__", "calls", "in_pool")
+    __slots__ = ("__weakref__", "calls", "in_pool", "stand_in")
 
-    def __init__(self, calls: list[Unfuture[Any]], in_pool: bool) -> None:
+    def __init__(
+        self,
+        calls: list[Unfuture[Any]],
+        in_pool: bool,
+        stand_in: Callable[[], Unfuture[Any] | None] | None,
+    ) -> None:
         self.calls = calls
         self.in_pool = in_pool
+        self.stand_in = stand_in
+
+    def known(self) -> list[Unfuture[Any]]:
+        """The calls, for who drains."""
+        calls, stand_in = self.calls, self.stand_in
+        if stand_in is not None and not calls and (made := stand_in()) is not None:
+            # If it ends just now nobody finds this list any more, nor need anybody.
+            calls.append(made)
+        return calls
 
     def __call__(self, future: object) -> None:
         """The last to hear of it: all who wait for the calls have been told."""
         _elsewhere.pop(id(self), None)
-        calls, self.calls = self.calls, []  # the future keeps what it has called
-        if when_back is not None:
+        # The future keeps what it has called.
+        calls, self.calls, self.stand_in = self.calls, [], None
+        tell = when_back
+        if tell is not None:
             for call in calls:
-                when_back(call)
+                tell(call)
 
 
 # All that are alive.
 _elsewhere: dict[int, weakref.ref[_Elsewhere]] = {}
-# Set by who drains: told of each of those calls.
+# Set while somebody drains: told of each of those calls when its executor is through with it.
 when_back: Callable[[Unfuture[Any]], object] | None = None
 
 
 def note_elsewhere(
-    future: concurrent.futures.Future[Any], calls: list[Unfuture[Any]], in_pool: bool
+    future: concurrent.futures.Future[Any],
+    calls: list[Unfuture[Any]],
+    in_pool: bool,
+    stand_in: Callable[[], Unfuture[Any] | None] | None = None,
 ) -> None:
-    """For who drains."""
-    elsewhere = _Elsewhere(calls, in_pool)
+    """For who drains: now, or later."""
+    elsewhere = _Elsewhere(calls, in_pool, stand_in)
     forget = partial(_elsewhere.pop, id(elsewhere))
     _elsewhere[id(elsewhere)] = weakref.ref(elsewhere, forget)
+    if stand_in is not None and when_back is not None:
+        for call in elsewhere.known():
+            tell_watcher(call)
     future.add_done_callback(elsewhere)
 
 
@@ -507,7 +549,7 @@ def calls_elsewhere(in_pools: bool) -> list[Unfuture[Any]]:
         call
         for elsewhere in found
         if elsewhere is not None and (elsewhere.in_pool or not in_pools)
-        for call in elsewhere.calls
+        for call in elsewhere.known()
     ]
 
 
@@ -596,18 +638,30 @@ def _way_out(
         _end_if_importing_main()
     context = getattr(executor, "_mp_context", None)
     forks = context is not None and context.get_start_method() == "fork"
-    if forks or getattr(executor, "_processes", None) is None:
+    if getattr(executor, "_processes", None) is None:
         return executor.submit
-    return partial(_submit_guarded, executor)
+    return partial(_submit if forks else _submit_guarded, executor)
+
+
+def _submit(executor: concurrent.futures.Executor, *job: Any) -> concurrent.futures.Future[Any]:
+    """`executor.submit`, but a broken pool refuses without its lock.
+
+    From Python 3.12 on the thread that manages a pool holds that while it fails the pool's calls:
+    whoever is told of one there, and makes another, would wait for himself for ever.
+    """
+    broken = getattr(executor, "_broken", False)
+    if broken:
+        raise sys.modules["concurrent.futures.process"].BrokenProcessPool(broken)
+    return executor.submit(*job)
 
 
 def _submit_guarded(
     executor: concurrent.futures.Executor, *job: Any
 ) -> concurrent.futures.Future[Any]:
-    """`executor.submit`, with advice if the main program has no guard."""
+    """`_submit`, with advice if the main program has no guard."""
     processes: dict[int, Any] = executor._processes  # type: ignore[attr-defined]
     try:
-        future = executor.submit(*job)
+        future = _submit(executor, *job)
     except concurrent.futures.BrokenExecutor as exc:
         if executor in _unguarded:
             exc.args = (_ADVICE,)
@@ -693,6 +747,9 @@ class ProcessPool:
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
         self._at_first = at_first
         self._process: int | None = None  # in which it was called
+        # The last one that broke. As it dies it takes its lock, which the thread that finds it
+        # broken may hold: see `_submit`.
+        self._former: concurrent.futures.ProcessPoolExecutor | None = None
         # Left by a parent process: kept, since ending it here would speak to the parent's workers.
         self._inherited: list[concurrent.futures.ProcessPoolExecutor] = []
 
@@ -741,8 +798,7 @@ class ProcessPool:
             # down. Either way this call is not concerned.
             with self.lock:
                 if self._executor is executor:
-                    self._executor = None
-            executor.shutdown(wait=False)
+                    self._executor, self._former = None, executor
         # Not while that is handled: else it would be the context of whatever is raised from now on.
         return submit_to(self.executor, function, args, kwargs)
 
@@ -757,7 +813,8 @@ class ProcessPool:
             return True
         processes = list((executor._processes or {}).values())
         manager: Any = executor._executor_manager_thread
-        executor.shutdown(wait=False, cancel_futures=True)
+        if not executor._broken:  # else it ends by itself, and may have its lock: see `_submit`
+            executor.shutdown(wait=False, cancel_futures=True)
         if manager is None:
             return True
         if manager is threading.current_thread():
@@ -776,13 +833,21 @@ class ProcessPool:
                 for process in processes:
                     process.kill()
                 manager.join(_TERMINATE_SECONDS)
+            if not manager.is_alive():
+                # If it has failed, it has left them alive, and multiprocessing would wait for them.
+                for process in processes:
+                    if process.is_alive():
+                        process.kill()
         return ended
 
     def after_fork(self) -> None:
         """In the child: the pool's processes are the parent's children, not ours."""
         self.lock = _common.Making()
-        executor, self._executor = self._executor, None
-        if executor is not None:
+        left = self._executor, self._former
+        self._executor = self._former = None
+        for executor in left:
+            if executor is None:
+                continue
             self._inherited.append(executor)
             manager: Any = executor._executor_manager_thread
             if manager is not None:
@@ -822,12 +887,11 @@ def _pythons_choice() -> str:
 def _make_process_pool() -> concurrent.futures.ProcessPoolExecutor:
     import multiprocessing
 
-    if _pythons_choice() != "fork":
-        return concurrent.futures.ProcessPoolExecutor()
+    might_fork = _pythons_choice() == "fork"
     return concurrent.futures.ProcessPoolExecutor(
-        mp_context=multiprocessing.get_context(start_method()),
-        initializer=_travel.tell_first_failure,
-        initargs=(_BEGAN_ANEW,),
+        mp_context=multiprocessing.get_context(start_method()) if might_fork else None,
+        initializer=_travel.set_up_process,
+        initargs=(_BEGAN_ANEW if might_fork else None,),
     )
 
 

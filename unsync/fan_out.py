@@ -297,7 +297,13 @@ class _Chunk(Batch):
         else:
             calls = self.calls
             job.add_done_callback(self.end)
-            executors.note_elsewhere(job, calls, self.in_pool)
+            self.note_elsewhere(job, calls)
+
+    def note_elsewhere(
+        self, job: concurrent.futures.Future[Any], calls: list[Unfuture[Any]]
+    ) -> None:
+        """For who drains."""
+        executors.note_elsewhere(job, calls, self.in_pool)
 
     def fail(self, job: _Job, exc: BaseException) -> None:
         failure = _failure(job, exc)
@@ -662,6 +668,21 @@ class _Streamed(_Chunk):
         self.came = came_back, failure
         self.let_go()
         self.outlet.arrive(self)
+
+    def note_elsewhere(
+        self, job: concurrent.futures.Future[Any], calls: list[Unfuture[Any]]
+    ) -> None:
+        executors.note_elsewhere(job, [], self.in_pool, self.stand_in)
+
+    def stand_in(self) -> Unfuture[Any] | None:
+        """Its job as an Unfuture, for who drains; None if that has served."""
+        job = self.job
+        if job is None:
+            return None
+        unfuture: Unfuture[Any] = Unfuture(job)
+        unfuture._name_function(self.target.below)
+        when_done(unfuture, _look_away)  # the stream alone tells of a failure
+        return unfuture
 
     def is_done(self) -> bool:
         return self.came is not None

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -748,6 +749,143 @@ def test_workers_that_handle_the_signal_end_too(run_python: Run) -> None:
     """A program that handles SIGTERM when it is imported has workers that handle it as well."""
     handler = "import signal; signal.signal(signal.SIGTERM, lambda *args: None)\n"
     assert run_long_work(run_python, START_METHODS[0], begin=handler) == ""
+
+
+def test_workers_whose_manager_has_failed_end_too(run_python: Run) -> None:
+    """Else multiprocessing would wait for them."""
+    done = run_python("""
+        import time
+        from concurrent.futures import process
+
+        from unsync import unsync
+
+        def fail(manager, cause):
+            raise SystemExit
+
+        @unsync(cpu_bound=True)
+        def sleep():
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            process._ExecutorManagerThread.terminate_broken = fail
+            unsync.process_executor._max_workers = 2
+            calls = [sleep(), sleep()]
+            manager = unsync.process_executor._executor_manager_thread
+            # Of the second one's death the manager need not hear at once.
+            next(iter(unsync.process_executor._processes.values())).kill()
+            manager.join(60)
+            assert not manager.is_alive()
+            unsync.exit_timeout = 0
+    """)
+    assert (done.stderr, done.returncode) == ("unsync: the exit lost 2 calls of sleep()\n", 0)
+
+
+LEFT_STREAM = """
+import sys
+import time
+from pathlib import Path
+
+from unsync import unsync
+
+
+@unsync(cpu_bound=True)
+def hold(name):
+    Path(name).touch()
+    # Not for ever: should it be left behind, it must not live that long.
+    time.sleep(0 if name == "first" else 600)
+
+
+if __name__ == "__main__":
+    import signal
+
+    # What a shell starts in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with unsync.map(hold, ["first", "second"], chunksize=1) as stream:
+        next(iter(stream))
+        until = time.monotonic() + 60
+        while not Path("second").exists():
+            assert time.monotonic() < until
+            time.sleep(0.001)
+"""
+
+
+@posix_only
+def test_it_says_that_it_waits_for_the_chunks_of_a_stream_that_was_left(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(LEFT_STREAM)
+    with subprocess.Popen(
+        [sys.executable, "program.py"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        waits = "unsync: the exit waits for 1 call of hold() (Ctrl-C ends the wait)\n"
+        assert process.stderr.readline() == waits
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert (errors, process.returncode) == ("unsync: the exit lost 1 call of hold()\n", 0)
+
+
+INTERRUPTED = """
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from unsync import unsync
+
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@unsync(cpu_bound=True)
+def sleep():
+    Path("begun").write_text(str(os.getpid()))
+    # Not for ever: should it be left behind, it must not live that long.
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    import multiprocessing
+
+    multiprocessing.set_start_method(sys.argv[1])
+    calls = [sleep()]
+    until = time.monotonic() + 60
+    while not Path("begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@posix_only
+@pytest.mark.parametrize("method", START_METHODS)
+def test_a_ctrl_c_ends_no_worker_and_one_at_the_exit_ends_all(method: str, tmp_path: Path) -> None:
+    """As a terminal sends it: to all processes."""
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, "program.py", method],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        pids = process.stdout.readline().split()
+        os.killpg(process.pid, signal.SIGINT)
+        waits = "unsync: the exit waits for 1 call of sleep() (Ctrl-C ends the wait)\n"
+        assert process.stderr.readline() == waits
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (output, errors) == ("interrupted\n", "unsync: the exit lost 1 call of sleep()\n")
+    assert process.returncode == 0
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 # Calls made at the last moment.

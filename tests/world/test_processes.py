@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import pytest
 from support.waiting import PATIENCE, wait_until
 
-from unsync import CancelledError, Unfuture, executors, unsync
+from unsync import CancelledError, Unfuture, _backend, _drain, executors, unsync
 
 START_METHODS = multiprocessing.get_all_start_methods()
 # Those that the default pool uses.
@@ -386,6 +386,79 @@ def test_cancel_reaches_what_is_queued_and_not_what_runs(tmp_path: Path) -> None
         call.result(PATIENCE)
     square(1).result(PATIENCE)  # came after all of them
     assert not (tmp_path / "begun7").exists()
+
+
+@pytest.mark.usefixtures("pool")
+def test_a_drain_waits_for_the_chunks_of_a_stream_that_was_left(
+    tmp_path: Path, in_thread: Callable[[Callable[[], object]], threading.Thread]
+) -> None:
+    release = tmp_path / "release"
+    goes_on, answers = threading.Event(), list[bool]()
+
+    def leave(name: str) -> None:
+        """With a chunk that runs; the first one ends at once."""
+        second = tmp_path / name
+        begun = [str(tmp_path / "first"), str(second)]
+        with unsync.map(hold, begun, [str(tmp_path), str(release)], chunksize=1) as stream:
+            next(iter(stream))
+            wait_until(second.exists, "the second chunk")
+
+    leave("before")
+    assert unsync.drain(0) is False
+    assert [*map(_backend.name_of_call, _drain.pending_now(None))] == ["hold"]
+    release.touch()
+    assert unsync.drain(PATIENCE) is True
+
+    # And for those that are made meanwhile, by what it waits for.
+    release.unlink()
+    call = unsync(lambda: goes_on.wait(PATIENCE) and leave("meanwhile"))()
+    in_thread(lambda: answers.append(unsync.drain(PATIENCE)))
+    drains = _drain._watcher._drains
+    wait_until(lambda: drains and not drains[0]._is_looking, "the drain")
+    goes_on.set()
+    call.result(PATIENCE)
+    assert [*map(_backend.name_of_call, drains[0].pending())] == ["hold"]
+    release.touch()
+    wait_until(lambda: answers == [True], "the end of the drain")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_is_not_for_the_workers_of_the_default_pool(run_python: Run) -> None:
+    """Nor is it ignored by what they start."""
+    program = """
+    import multiprocessing
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+    from pathlib import Path
+    from unsync import unsync
+
+    # What a shell starts in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @unsync(cpu_bound=True)
+    def hold():
+        Path("begun").touch()
+        until = time.monotonic() + 60
+        while not Path("release").exists() and time.monotonic() < until:
+            time.sleep(0.001)
+        ask = "import signal; print(signal.getsignal(signal.SIGINT).__name__)"
+        return subprocess.check_output([sys.executable, "-c", ask], text=True)
+
+    if __name__ == "__main__":
+        call = hold()
+        while not Path("begun").exists():
+            assert not call.done()
+            time.sleep(0.001)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+        Path("release").touch()
+        print(call.result(60))
+    """
+    done = run_python(program)
+    assert (done.stdout, done.stderr) == ("default_int_handler\n\n", "")
 
 
 # What can go there.
@@ -846,6 +919,64 @@ def test_after_a_worker_died_the_next_call_has_a_new_pool(method: str, run_pytho
     done = run_python(program, env={"START_METHOD": method})
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("pool", ["None", "ProcessPoolExecutor(1, get_context('spawn'))"])
+def test_when_a_worker_dies_what_was_cancelled_in_the_queue_is_in_nobodys_way(
+    pool: str, run_python: Run
+) -> None:
+    program = f"""
+    import multiprocessing
+    import os
+    import time
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+    from multiprocessing import get_context
+    from unsync import unsync
+
+    @unsync(cpu_bound=True)
+    def sleep():
+        time.sleep(600)
+
+    if __name__ == "__main__":
+        unsync.process_executor = {pool}
+        calls = [sleep() for _ in range(3 * os.cpu_count() + 9)]
+        cancelled = calls[-4:-2]
+        assert all(call.cancel() for call in cancelled)
+        multiprocessing.active_children()[0].kill()
+        for call in calls:
+            assert call in cancelled or isinstance(call.exception(60), BrokenProcessPool), call
+    """
+    done = run_python(program)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_who_is_told_that_a_worker_died_may_make_a_call(run_python: Run) -> None:
+    program = """
+    import os
+    import threading
+    from unsync import unsync
+
+    @unsync(cpu_bound=True)
+    def die():
+        os._exit(1)
+
+    @unsync(cpu_bound=True)
+    def double(x):
+        return 2 * x
+
+    def go_on(call):
+        assert call.exception() is not None
+        made.append(double(3))
+        told.set()
+
+    if __name__ == "__main__":
+        made, told = [], threading.Event()
+        die().add_done_callback(go_on)
+        assert told.wait(60)
+        print(made[0].result(60))
+    """
+    done = run_python(program)
+    assert (done.stdout, done.stderr, done.returncode) == ("6\n", "", 0)
 
 
 def test_the_call_that_finds_the_pool_broken_goes_to_a_new_one(run_python: Run) -> None:
