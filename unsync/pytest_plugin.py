@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -90,23 +91,15 @@ def unsync_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     timeout = _timeout(request.config)
     before = {*_drain.pending_now(ambient_mailbox())}
-    listener = _Listener()
-    # The first is that of the ambient loop's own exception handler.
-    loggers = [logging.getLogger(name) for name in ("asyncio", "unsync")]
-    for logger in loggers:
-        logger.addHandler(listener)
-    try:
+    with _heard() as heard:
         yield
         if request.config.stash.get(_is_over, False):
             return
         left = _wait(before, timeout)
         # A call that was dropped may have been freed just now: the loop is told of its failure.
         _drain.pending_now(ambient_mailbox())
-    finally:
-        for logger in loggers:
-            logger.removeHandler(listener)
     unseen: list[Any] = [take_unseen(each) for each in _exit.all_unfutures()]
-    failures = [each for each in [*listener.failures, *unseen] if each is not None]
+    failures = [each for each in [*heard, *unseen] if each is not None]
     if failures:
         raise BaseExceptionGroup(
             f"calls of this test failed, and nobody looked: {len(failures)}", failures
@@ -116,6 +109,21 @@ def unsync_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
             f"work of this test had not ended {timeout:g} s after it: {_drain.summary(left)}",
             pytrace=False,
         )
+
+
+@contextmanager
+def _heard() -> Iterator[list[BaseException]]:
+    """The failures that are reported meanwhile."""
+    listener = _Listener()
+    # The first is that of the ambient loop's own exception handler.
+    loggers = [logging.getLogger(name) for name in ("asyncio", "unsync")]
+    for logger in loggers:
+        logger.addHandler(listener)
+    try:
+        yield listener.failures
+    finally:
+        for logger in loggers:
+            logger.removeHandler(listener)
 
 
 def _wait(before: set[Unfuture[Any]], timeout: float) -> list[Unfuture[Any]]:

@@ -852,8 +852,8 @@ if __name__ == "__main__":
     while not Path("begun").exists():
         assert time.monotonic() < until
         time.sleep(0.001)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     try:
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -875,12 +875,15 @@ def test_a_ctrl_c_ends_no_worker_and_one_at_the_exit_ends_all(method: str, tmp_p
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        pids = process.stdout.readline().split()
-        os.killpg(process.pid, signal.SIGINT)
-        waits = "unsync: the exit waits for 1 call of sleep() (Ctrl-C ends the wait)\n"
-        assert process.stderr.readline() == waits
-        os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        try:
+            pids = process.stdout.readline().split()
+            os.killpg(process.pid, signal.SIGINT)
+            waits = "unsync: the exit waits for 1 call of sleep() (Ctrl-C ends the wait)\n"
+            assert process.stderr.readline() == waits
+            os.killpg(process.pid, signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (output, errors) == ("interrupted\n", "unsync: the exit lost 1 call of sleep()\n")
     assert process.returncode == 0
     for pid in pids:
