@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Coroutine, MutableSequence
+from collections.abc import Callable, Coroutine, Iterator, MutableSequence
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from types import CoroutineType, FrameType, FunctionType, GeneratorType
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         def __call__(self, blocked: Any) -> AbstractContextManager[None]: ...
 
         # What this thread is going to wait for, which tells its pool.
-        def event(self) -> threading.Event: ...
+        def event(self) -> ToldEvent | threading.Event: ...
 
     class Nesting(Protocol):
         """Which jobs a queue's worker runs itself while it waits, where no other takes its place.
@@ -602,7 +602,7 @@ def report_unseen_failure(
     The ambient loop's exception handler hears of it in the loop's own thread; without a usable
     loop the same words go to the log. What broke only because the interpreter exits is no news.
 
-    :param failed_in: see `fail_in`.
+    :param failed_in: see `Unfuture._fail_in`.
     """
     if sys.is_finalizing() or (exiting and is_of_the_exit(exc)):
         return  # the interpreter has no more than pieces of what a log needs
@@ -754,36 +754,131 @@ def take_out(line: MutableSequence[T], thing: T) -> bool:
 
 
 class Waiters:
-    """What concurrent.futures.wait() and as_completed() ask of a future; made only when asked for.
+    """Who waits for an Unfuture in concurrent.futures.wait() or as_completed(), if anybody does.
 
-    `condition` guards `waiters` and, from then on, the change of the Unfuture's state.
+    Those take the `_condition` of each future, look at its `_state`, put into its `_waiters` who is
+    to be told, and let go; for them nothing may change in between. A lock would hold up whoever
+    finishes the future: for ever, if a Ctrl-C strikes while they take one after the other, or if a
+    signal handler waits in there for a call of the thread that is held up. So there is none. Who
+    has taken it sees the state of that moment until he lets go; and is told at once if what he
+    enlists for has ended since.
 
     :param pool_wait: what a thread of a pool must be in while it waits.
     """
 
-    __slots__ = ("condition", "waiters")
+    __slots__ = ("_looks", "_pool_wait", "_told", "enlisted")
 
     def __init__(self, pool_wait: PoolWait) -> None:
-        self.condition = threading.Condition()
-        self.waiters: list[Any] = WaiterList(pool_wait)
+        # All threads change these by operations that are atomic: who is to be told; and who has
+        # been, or need not be, with a mark of the thread that has it in hand.
+        self.enlisted: list[Any] = WaiterList(pool_wait)
+        self._told: dict[Any, object] = {}
+        # Of each thread the frames in which it has taken the condition, each within the one before,
+        # and the status that it sees there. Nobody else touches what is that thread's.
+        self._looks: dict[int, list[tuple[FrameType, int]]] = {}
+
+    def look(self, frame: FrameType, status: int) -> None:
+        """This thread sees that status as long as it is in `frame`, or until `look_away`."""
+        self.seen()  # which forgets what an interrupt has left
+        self._looks.setdefault(threading.get_ident(), []).append((frame, status))
+
+    def look_away(self) -> None:
+        looks = self._looks.get(threading.get_ident())
+        if looks:
+            looks.pop()
+        if not looks:
+            self._looks.pop(threading.get_ident(), None)
+
+    def seen(self) -> int | None:
+        """The status that this thread sees; None: whatever it is."""
+        looks = self._looks.get(threading.get_ident())
+        while looks:
+            frame, status = looks[-1]
+            if _is_within(frame):
+                return status
+            del looks[-1]
+        return None
+
+    def enlist(self, waiter: Any, unfuture: Unfuture[Any]) -> None:
+        seen = self.seen()
+        status = unfuture._peek()[0]
+        if (status if seen is None else seen) >= CANCELLED:
+            self._told[waiter] = None
+        self.enlisted.append(waiter)
+        status = unfuture._peek()[0]
+        if status >= CANCELLED and (raised := self.tell(unfuture, status)) is not None:
+            raise raised
+
+    def strike_off(self, waiter: Any) -> None:
+        """:raises ValueError: if it is not there."""
+        self.enlisted.remove(waiter)
+        self._told.pop(waiter, None)
 
     def tell(self, unfuture: Unfuture[Any], status: int) -> BaseException | None:
-        """Tells everybody who waits; the caller holds `condition`.
+        """Tells everybody who has not been told yet; its end shows already.
 
         Returns what was raised meanwhile, by a Ctrl-C say.
         """
         raised: BaseException | None = None
-        for waiter in self.waiters:
+        for waiter in list(self.enlisted):
+            mark = object()
             try:
-                _tell(waiter, unfuture, status)
+                if self._told.setdefault(waiter, mark) is mark:
+                    _tell(waiter, unfuture, status)
             except BaseException as exc:
                 raised = exc
-                if unfuture in getattr(waiter, "finished_futures", ()):
-                    waiter.event.set()
-                else:
-                    _tell(waiter, unfuture, status)
-        self.condition.notify_all()
+                if self._told.get(waiter) is mark:
+                    if unfuture in getattr(waiter, "finished_futures", ()):
+                        waiter.event.set()
+                    else:
+                        _tell(waiter, unfuture, status)
         return raised
+
+
+def _is_within(frame: FrameType) -> bool:
+    """Whether this thread is in that frame."""
+    within: FrameType | None = sys._getframe()
+    while within is not None and within is not frame:
+        within = within.f_back
+    return within is not None
+
+
+class Enlisting:
+    """What an Unfuture has for `_condition` and `_waiters`: see `Waiters`."""
+
+    __slots__ = ("_side", "_unfuture")
+
+    def __init__(self, unfuture: Unfuture[Any], side: Waiters) -> None:
+        self._unfuture = unfuture
+        self._side = side
+
+    def acquire(self) -> bool:
+        """For who calls this in the `__enter__` of a context manager."""
+        frame = sys._getframe(1)
+        self._side.look(frame.f_back or frame, self._unfuture._peek()[0])
+        return True
+
+    def __enter__(self) -> bool:
+        self._side.look(sys._getframe(1), self._unfuture._peek()[0])
+        return True
+
+    def release(self) -> None:
+        self._side.look_away()
+
+    def __exit__(self, *_: object) -> None:
+        self._side.look_away()
+
+    def append(self, waiter: Any) -> None:
+        self._side.enlist(waiter, self._unfuture)
+
+    def remove(self, waiter: Any) -> None:
+        self._side.strike_off(waiter)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._side.enlisted)
+
+    def __len__(self) -> int:
+        return len(self._side.enlisted)
 
 
 def _tell(waiter: Any, unfuture: Unfuture[Any], status: int) -> None:
@@ -885,26 +980,11 @@ class Making:
 
 
 class _ByThisThread(threading.local):
-    # The context of the call that this thread is making fail.
-    failing_in: Context | None = None
-
     def __init__(self) -> None:
         self.makings: list[Making] = []
 
 
 by_this_thread = _ByThisThread()
-
-
-def fail_in(context: Context, unfuture: Unfuture[Any], failure: BaseException) -> bool:
-    """Has a call fail; if nobody looks at that, it is reported in the call's own context.
-
-    A notebook goes by a context variable, and shows the report under the cell that made the call.
-    """
-    former, by_this_thread.failing_in = by_this_thread.failing_in, context
-    try:
-        return unfuture._complete(FAILED, failure)
-    finally:
-        by_this_thread.failing_in = former
 
 
 def let_others_make() -> None:
@@ -913,25 +993,43 @@ def let_others_make() -> None:
         making.step_aside()
 
 
-class ToldEvent(threading.Event):
+class ToldEvent:
+    """The event of a thread that waits in concurrent.futures: its pool is told.
+
+    A `threading.Event` has a lock, which a signal handler of that thread may come upon held, and
+    whoever sets it would wait for the handler.
+    """
+
+    __slots__ = ("_bell", "_is_set", "_pool_wait")
+
     def __init__(self, pool_wait: PoolWait) -> None:
-        super().__init__()
         self._pool_wait = pool_wait
+        self._is_set = False
+        # What the thread waits for; it looks at the above then.
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        with suppress(RuntimeError):  # somebody has rung already
+            self._bell.release()
 
     def interrupt(self) -> None:
         self.set()
 
+    def clear(self) -> None:
+        self._is_set = False
+
     def wait(self, timeout: float | None = None) -> bool:
-        if self.is_set() or (timeout is not None and timeout <= 0):
-            return super().wait(timeout)
         until = math.inf if timeout is None else monotonic() + timeout
-        while True:
+        while not self._is_set and (left := until - monotonic()) > 0:
             # It begins to wait anew now and then, and looks whether the loop has to be woken again.
             with self._pool_wait(self):
-                if super().wait(min(max(until - monotonic(), 0), LOOK_AGAIN_SECONDS)):
-                    return True
-            if monotonic() >= until:
-                return False
+                self._bell.acquire(timeout=min(left, LOOK_AGAIN_SECONDS))
+        return self._is_set
 
 
 class CancelRequest:
@@ -1159,7 +1257,7 @@ class _CopyOutcome:
             return
         exc = future.exception()
         if exc is not None:
-            fail_in(self._context, target, exc)
+            target._fail_in(self._context, exc)
         else:
             target._complete(FINISHED, future.result())
 

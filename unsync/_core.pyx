@@ -49,6 +49,7 @@ from unsync._common import (
     STATE_NAMES,
     WAKE_AGAIN_SECONDS,
     CancelRequest,
+    Enlisting,
     Latch,
     Making,
     ToldEvent,
@@ -56,7 +57,6 @@ from unsync._common import (
     already_done_error,
     awaited_exception,
     buried_error,
-    by_this_thread,
     cancelled_error,
     check_callable,
     check_context,
@@ -68,7 +68,6 @@ from unsync._common import (
     close_unstarted,
     describe,
     exhausted_error,
-    fail_in,
     full_error,
     hint_at_map,
     interrupted_start_error,
@@ -240,6 +239,17 @@ cdef extern from *:
 
 cdef extern from *:
     """
+    /* The context of the call that the calling thread is making fail; `fail_in` holds it. */
+    #if defined(_MSC_VER) && !defined(__clang__)
+      static __declspec(thread) PyObject *unsync_failing_in = NULL;
+    #else
+      static __thread PyObject *unsync_failing_in = NULL;
+    #endif
+    """
+    PyObject *failing_in "unsync_failing_in"
+
+cdef extern from *:
+    """
     /* In how many a `Making` the calling thread is. */
     #if defined(_MSC_VER) && !defined(__clang__)
       static __declspec(thread) int unsync_makings = 0;
@@ -395,8 +405,6 @@ cdef frozenset plain_types = PLAIN_TYPES
 
 # Answers `_claim` when somebody else was first.
 cdef object REFUSED = object()
-# Answers `change` when the claim must be made again.
-cdef object RETRY = object()
 
 
 def __dir__():
@@ -2099,7 +2107,7 @@ cdef class Unfuture(_Item):
     cdef object _outcome
     # The context for what has not begun; the worker that a function runs in; the requests to
     # cancel, in a tuple, that came while a coroutine made its first step; the traceback of a
-    # failure, with the context that it is reported in, if nobody looks at it: see `fail_in`.
+    # failure, with the context that it is reported in, if nobody looks at it: see `_fail_in`.
     cdef object _extra
     # What is behind a pending or running one: see cancel().
     cdef object _source
@@ -2646,7 +2654,7 @@ cdef class Unfuture(_Item):
         if status == CANCELLED:
             self.complete(status, failure, ANY)
         elif status == FAILED:
-            fail_in(context, self, failure)
+            self.fail_in(context, failure)
         if not went_on:
             mailbox.count_ended(self)
         return 0
@@ -2656,27 +2664,18 @@ cdef class Unfuture(_Item):
     cdef claim(self, int status, outcome, int expected):
         """Makes it done, once: the waiters to fire, or REFUSED if somebody else was first."""
         self.check_fork()
-        chain = self.change(status, outcome, expected, None)
-        # In a function of its own, as every other `try` on this way: each took 20 instructions of
-        # all that end, and nearly none come here.
-        return self.claim_under_condition(status, outcome, expected) if chain is RETRY else chain
+        return self.change(status, outcome, expected)
 
-    cdef claim_under_condition(self, int status, outcome, int expected):
-        """Where concurrent.futures.wait() reads the state, and enlists, under this condition.
+    cdef tell_waiters(self, side, int status, chain):
+        """Those in concurrent.futures.wait(); gives the chain back.
 
-        The state must not change between the two.
+        In a function of its own, as every other `try` on this way: each took 20 instructions of all
+        that end, and nearly none come here.
         """
-        side = self.side()
-        chain = RETRY
         failure = None
         try:
-            with side.condition:
-                chain = self.change(status, outcome, expected, side)
-                if chain is not REFUSED:
-                    failure = side.tell(self, load(&self._status))
+            failure = side.tell(self, status)
         except BaseException as exc:
-            if chain is RETRY:
-                raise
             failure = exc
         return chain if failure is None else with_failure(chain, failure)
 
@@ -2686,18 +2685,16 @@ cdef class Unfuture(_Item):
         unlock(self)
         return side
 
-    cdef change(self, int status, outcome, int expected, side):
-        """The change of state itself; RETRY if `side` is not what belongs to the Unfuture now."""
+    cdef change(self, int status, outcome, int expected):
+        """The change of state itself, which everybody sees then."""
         cdef int before
         cdef int kind = NOTHING, named
         cdef bint again = True
         failed_at = None
         if status == FAILED:
-            failed_at = outcome.__traceback__, by_this_thread.failing_in
+            failed_at = outcome.__traceback__, None if failing_in is NULL else <object>failing_in
         chain = REFUSED
-        extra = None
-        if status == CANCELLED and side is not None:
-            status = CANCELLED_AND_NOTIFIED
+        extra = side = None
         while again:
             again = False
             behind = detail = name = None
@@ -2713,12 +2710,13 @@ cdef class Unfuture(_Item):
                 name = name_behind(named, behind, detail)
             lock(self)
             before = self._status
-            if self._side is not side:
-                chain = RETRY
-            elif before < CANCELLED and (expected == ANY or before == expected):
+            if before < CANCELLED and (expected == ANY or before == expected):
                 again = self._kind != named  # it went on meanwhile
                 if not again:
                     kind = named
+                    side = self._side
+                    if status == CANCELLED and side is not None:
+                        status = CANCELLED_AND_NOTIFIED
                     # Held in locals, so that nothing is dropped in here.
                     source = self._source
                     extra = self._extra
@@ -2735,7 +2733,9 @@ cdef class Unfuture(_Item):
                         store(&self._unseen, True)
                     store(&self._status, status)
             unlock(self)
-        return leave_coroutine(source, before == PENDING, chain) if kind == COROUTINE else chain
+        if kind == COROUTINE:
+            chain = leave_coroutine(source, before == PENDING, chain)
+        return chain if side is None else self.tell_waiters(side, status, chain)
 
     cdef int keep_name(self, name) except -1:
         """For `repr`: the function that was behind it."""
@@ -2817,6 +2817,24 @@ cdef class Unfuture(_Item):
         check_outcome(status, outcome)
         return self.complete(status, outcome, ANY if expected is None else expected)
 
+    cdef int fail_in(self, context, failure) except -1:
+        """Has a call fail; if nobody looks at that, it is reported in the call's own context.
+
+        Notebooks go by a context variable: the report stands under the cell that made the call.
+        """
+        global failing_in
+        cdef PyObject *former = failing_in
+        failing_in = <PyObject *>context
+        try:
+            self.complete(FAILED, failure, ANY)
+        finally:
+            failing_in = former
+        return 0
+
+    def _fail_in(self, context, failure):
+        check_outcome(FAILED, failure)
+        self.fail_in(context, failure)
+
     cdef int started(self, task, name) except -1:
         """In the ambient loop: its coroutine, called `name`, has become `task`."""
         coro = None
@@ -2866,7 +2884,7 @@ cdef class Unfuture(_Item):
                 return 0
             if self._got_unfuture:
                 hint_at_map(outcome)
-            fail_in(PyContext_CopyCurrent() if context is None else context, self, outcome)
+            self.fail_in(PyContext_CopyCurrent() if context is None else context, outcome)
         return 0
 
     cdef int arrive(self, Mailbox mailbox) except -1:
@@ -3056,7 +3074,7 @@ cdef class Unfuture(_Item):
         if coroutine:
             self.follow(result)
         elif status == FAILED:
-            fail_in(context, self, result)
+            self.fail_in(context, result)
         else:
             self.complete(status, result, ANY)
         return True
@@ -3214,15 +3232,17 @@ cdef class Unfuture(_Item):
 
     @property
     def _state(self):
-        return STATE_NAMES[load(&self._status)]
+        side = self.side()
+        seen = None if side is None else side.seen()
+        return STATE_NAMES[load(&self._status) if seen is None else seen]
 
     @property
     def _condition(self):
-        return self.waiting_side().condition
+        return Enlisting(self, self.waiting_side())
 
     @property
     def _waiters(self):
-        return self.waiting_side().waiters
+        return Enlisting(self, self.waiting_side())
 
     cdef waiting_side(self):
         self.check_fork()

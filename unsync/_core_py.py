@@ -65,6 +65,7 @@ from unsync._common import (
     STATE_NAMES,
     WAKE_AGAIN_SECONDS,
     CancelRequest,
+    Enlisting,
     Latch,
     MailboxCounts,
     Mirror,
@@ -87,7 +88,6 @@ from unsync._common import (
     close_unstarted,
     describe,
     exhausted_error,
-    fail_in,
     full_error,
     hint_at_map,
     interrupted_start_error,
@@ -193,6 +193,8 @@ class _ThisThread(threading.local):
     # How many firings call callbacks, each within the one before it; and where the callbacks of a
     # further one are left, if they have to wait for one of these.
     firings = 0
+    # The context of the call that this thread is making fail.
+    failing_in: Context | None = None
     later: MutableSequence[tuple[_Callback, Unfuture[Any]]] | None = None
 
     def __init__(self) -> None:
@@ -516,13 +518,11 @@ class Mailbox:
         outer, self._again = self._again, None
         try:
             self._starts = 0
-            items = self._items
             begun = monotonic()
             self._busy_since = begun
             if self._woken_at is not None:
                 self._lag = begun - self._woken_at
                 self._woken_at = self._rung_at = None
-            count = 0
             # In here, since these may be the user's: what they raise is the loop's to hear.
             self._debug = loop.get_debug()
             if self._is_reentered(loop):
@@ -534,23 +534,8 @@ class Mailbox:
                 self._again = loop.call_soon(self._drain)
             del loop
             self._drains += 1
-            while True:
-                for _ in range(DRAIN_STRIDE):
-                    if not items:
-                        arming, self._armed = self._armed, None
-                        if not items:
-                            return
-                        self._armed = arming
-                    self._taken += 1
-                    if self._debug:
-                        self._time(items.popleft())
-                    else:
-                        items.popleft()._arrive(self)
-                count += DRAIN_STRIDE
-                elapsed = monotonic() - begun
-                if elapsed >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
-                    break
-            self._wake()
+            if not self._take_all(begun):
+                self._wake()
         except BaseException:
             # Only KeyboardInterrupt and SystemExit leave a task; the loop will hear of it, the
             # other items must not suffer.
@@ -561,6 +546,27 @@ class Mailbox:
             if self._again is not None:
                 self._again.cancel()
             self._again = outer
+
+    def _take_all(self, begun: float) -> bool:
+        """Whether it is empty then, and disarmed; or the loop's turn has been long enough."""
+        items = self._items
+        count = 0
+        while True:
+            for _ in range(DRAIN_STRIDE):
+                if not items:
+                    arming, self._armed = self._armed, None
+                    if not items:
+                        return True
+                    self._armed = arming
+                self._taken += 1
+                if self._debug:
+                    self._time(items.popleft())
+                else:
+                    items.popleft()._arrive(self)
+            count += DRAIN_STRIDE
+            elapsed = monotonic() - begun
+            if elapsed >= (DRAIN_SECONDS if count >= DRAIN_ITEMS else DRAIN_LONGEST):
+                return False
 
     def _is_reentered(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether what the loop runs may run it in turn."""
@@ -717,7 +723,7 @@ class Mailbox:
         self.live.pop(task, None)
         status, outcome = outcome_of_asyncio(task)
         if status == FAILED:
-            fail_in(copy_context(), unfuture, outcome)  # it is called in the coroutine's
+            unfuture._fail_in(copy_context(), outcome)  # this is called in the coroutine's
         else:
             unfuture._complete(status, outcome)
         self._count_ended(unfuture)
@@ -1339,7 +1345,7 @@ class _Continuation(_Waiter):
         except asyncio.CancelledError as exc:
             target._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
-            fail_in(context, target, exc if self.by_value else hint_at_map(exc))
+            target._fail_in(context, exc if self.by_value else hint_at_map(exc))
         finally:
             if not went_on:
                 mailbox._count_ended(target)
@@ -1659,7 +1665,7 @@ _Turn = tuple[int, Any, "TracebackType | None", "Context | None"]
 
 def _turn(status: int, outcome: Any) -> _Turn:
     if status == FAILED:
-        return status, outcome, outcome.__traceback__, by_this_thread.failing_in
+        return status, outcome, outcome.__traceback__, _this.failing_in
     return status, outcome, None, None
 
 
@@ -2215,22 +2221,13 @@ class Unfuture(_Future[T]):
     def _show(self, end: _Turn) -> None:
         """Lets everybody see how it ended; a second time does no harm.
 
-        concurrent.futures.wait() reads the state and enlists under a condition, so where there is
-        one the state must not change between the two. Whether there is one is a turn as well: once
-        it is entered here that there is none, who asks for it gets another, for one that is done.
+        Whether somebody waits in concurrent.futures.wait() is a turn as well: once it is entered
+        here that nobody does, who asks gets another list, for one that is done.
         """
         side: Waiters | None = self._turns.setdefault(_SIDE, None)
-        if side is None:
+        if self._status < CANCELLED:
             self._set_end(end)
-            return
-        # The only lock. Others have it who wait for this one, and those who finish it at the same
-        # time: no call waits for it but one that is of this Unfuture.
-        with side.condition:
-            failure = None
-            if self._status < CANCELLED:
-                self._set_end(end)
-                failure = side.tell(self, end[0])
-        if failure is not None:
+        if side is not None and (failure := side.tell(self, end[0])) is not None:
             raise failure
 
     def _set_end(self, end: _Turn) -> None:
@@ -2281,6 +2278,17 @@ class Unfuture(_Future[T]):
                 raise
             return True, raised
 
+    def _fail_in(self, context: Context, failure: BaseException) -> None:
+        """Has a call fail; if nobody looks at that, it is reported in the call's own context.
+
+        Notebooks go by a context variable: the report stands under the cell that made the call.
+        """
+        former, _this.failing_in = _this.failing_in, context
+        try:
+            self._complete(FAILED, failure)
+        finally:
+            _this.failing_in = former
+
     def _is_call(self) -> bool:
         """Whether behind it is a coroutine that has not begun."""
         return type(self._source) is _Call and self._phase() == PENDING
@@ -2301,7 +2309,7 @@ class Unfuture(_Future[T]):
         call = self._source
         status, outcome = outcome_of_asyncio(task)
         if status == FAILED:
-            fail_in(context, self, outcome)
+            self._fail_in(context, outcome)
         elif status == FINISHED and isinstance(call, _Call) and call.requests:
             # As in asyncio: a task that cancels itself and then returns is cancelled.
             self._complete(CANCELLED, call.requests[-1].message)
@@ -2415,7 +2423,7 @@ class Unfuture(_Future[T]):
             # What it waited for was cancelled.
             self._complete(CANCELLED, exc.args[0] if exc.args else None)
         except BaseException as exc:
-            fail_in(job.context, self, exc)
+            self._fail_in(job.context, exc)
         else:
             if rest is None:
                 self._complete(FINISHED, result)
@@ -2551,15 +2559,17 @@ class Unfuture(_Future[T]):
 
         @property
         def _state(self) -> str:
-            return STATE_NAMES[self._phase()]
+            side = self._turns.get(_SIDE)
+            seen = None if side is None else side.seen()
+            return STATE_NAMES[self._phase() if seen is None else seen]
 
         @property
-        def _condition(self) -> threading.Condition:
-            return self._waiting_side().condition
+        def _condition(self) -> Enlisting:
+            return Enlisting(self, self._waiting_side())
 
         @property
-        def _waiters(self) -> list[Any]:
-            return self._waiting_side().waiters
+        def _waiters(self) -> Enlisting:
+            return Enlisting(self, self._waiting_side())
 
     def _waiting_side(self) -> Waiters:
         self._check_fork()
@@ -3743,20 +3753,26 @@ class _Worker:
         queue = self.queue
         former = queue.listen(blocked)
         try:
-            while not unfuture.done() and not self._is_cancelled_in(blocked):
-                left = LOOK_AGAIN_SECONDS
-                if until is not None:
-                    left = min(left, until - monotonic())
-                    if left <= 0:
-                        return
-                if queue.run_one() or blocked.wait(left) or until is not None:
-                    continue
-                # What it would run before has come before somebody could wait for it.
-                if queue._is_buried(self, unfuture) and not queue.run_one() and not unfuture.done():
-                    raise buried_error(unfuture)
+            self._work_until_done(unfuture, blocked, until)
         finally:
             queue.listen(former)
             queue.ring()  # a loop of its own, which this kept from looking
+
+    def _work_until_done(
+        self, unfuture: Unfuture[Any], blocked: _Blocked, until: float | None
+    ) -> None:
+        queue = self.queue
+        while not unfuture.done() and not self._is_cancelled_in(blocked):
+            left = LOOK_AGAIN_SECONDS
+            if until is not None:
+                left = min(left, until - monotonic())
+                if left <= 0:
+                    return
+            if queue.run_one() or blocked.wait(left) or until is not None:
+                continue
+            # What it would run before has come before somebody could wait for it.
+            if queue._is_buried(self, unfuture) and not queue.run_one() and not unfuture.done():
+                raise buried_error(unfuture)
 
     def _is_cancelled_in(self, blocked: _Blocked) -> bool:
         """Whether the wait is to be ended by that."""
@@ -3809,7 +3825,7 @@ class pool_wait:  # noqa: N801  # lower case as in the twin
             worker.begin_wait(None)
 
     @staticmethod
-    def event() -> threading.Event:
+    def event() -> ToldEvent | threading.Event:
         """What this thread is going to wait for, which tells its pool."""
         worker = _this_worker()
         nesting = None if worker is None else worker.queue._nesting

@@ -63,11 +63,13 @@ class _Call:
         self.is_live = False
         # Contexts may live for long, and keep this.
         self.above = _first_live(self.above)
-        with suppress(IndexError):
-            while True:
+        while True:
+            try:
                 left = self.queued.popleft()
-                if outer is not None:
-                    outer.queued.append(left)
+            except IndexError:
+                return
+            if outer is not None:
+                outer.queued.append(left)
 
 
 def _first_live(call: _Call | None) -> _Call | None:

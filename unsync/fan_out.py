@@ -513,7 +513,7 @@ class _Followed(_Chunk):
                 self.fail_call(call, failure)
 
     def fail_call(self, call: Unfuture[Any], failure: BaseException) -> None:
-        _common.fail_in(self.pace.context, call, failure)
+        call._fail_in(self.pace.context, failure)
 
 
 class _ByValue(bytes):

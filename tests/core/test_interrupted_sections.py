@@ -12,6 +12,7 @@ no such steps: there only the modules around it are struck.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dis
 import gc
@@ -41,18 +42,29 @@ STRIKES = 100
 # Which stands where a `try` begins, in no reach of its outer one; nothing can strike there.
 NOP = dis.opmap["NOP"]
 
-FILES = {str(path) for path in Path(FOLDER).glob("*.py")}
+FILES = frozenset(str(path) for path in Path(FOLDER).glob("*.py"))
+# And those of wait() and as_completed().
+WITH_FUTURES = FILES | {str(concurrent.futures._base.__file__)}
+# Where they hold the lock of who waits, which is the standard library's own.
+UNDER_ITS_LOCK = frozenset(
+    {"_decrement_pending_calls", "add_cancelled", "add_exception", "add_result", "as_completed"}
+)
 
 
 class Striker:
     """Calls `strike` once, at the step of that number; counts all steps that were made."""
 
     def __init__(
-        self, step: int, strike: Callable[[], object], but_in: frozenset[str] = frozenset()
+        self,
+        step: int,
+        strike: Callable[[], object],
+        but_in: frozenset[str] = frozenset(),
+        files: frozenset[str] = FILES,
     ) -> None:
         self.step = step
         self.strike = strike
         self.but_in = but_in  # the names of functions that it leaves alone
+        self.files = files
         self.count = 0
 
     def __enter__(self) -> Striker:
@@ -65,7 +77,7 @@ class Striker:
 
     def trace(self, frame: FrameType, event: str, _: object) -> Any:
         code = frame.f_code
-        if code.co_filename not in FILES or code.co_name in self.but_in:
+        if code.co_filename not in self.files or code.co_name in self.but_in:
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
@@ -120,7 +132,13 @@ def case() -> Iterator[Case]:
     case.close()
 
 
-def strike_everywhere(case: Case, act: Callable[[], object], strikes: int = STRIKES) -> None:
+def strike_everywhere(
+    case: Case,
+    act: Callable[[], object],
+    strikes: int = STRIKES,
+    but_in: frozenset[str] = frozenset(),
+    files: frozenset[str] = FILES,
+) -> None:
     """Does it again and again, struck at one step after the other."""
     if sys.implementation.name != "cpython":
         pytest.skip("its trace functions are not called for each step")
@@ -128,7 +146,7 @@ def strike_everywhere(case: Case, act: Callable[[], object], strikes: int = STRI
 
     def attempt(step: int) -> int:
         case.by_loop, case.by_worker = Unfuture(), Unfuture()
-        with Striker(step, case.strike) as striker:
+        with Striker(step, case.strike, but_in, files) as striker:
             act()
         return striker.count
 
@@ -317,6 +335,65 @@ def test_cancels(case: Case, by: str) -> None:
     strike_everywhere(case, act)
 
 
+def wait_for_all(unfutures: list[Any], timeout: float) -> set[Any]:
+    return concurrent.futures.wait(unfutures, timeout).done
+
+
+def as_they_come(unfutures: list[Any], timeout: float) -> set[Any]:
+    came: set[Any] = set()
+    with contextlib.suppress(TimeoutError):
+        came.update(concurrent.futures.as_completed(unfutures, timeout))
+    return came
+
+
+@pytest.mark.parametrize("wait", [wait_for_all, as_they_come])
+def test_a_handler_that_waits_while_concurrent_futures_enlists(
+    case: Case, wait: Callable[[list[Any], float], set[Any]]
+) -> None:
+    """What it waits for finishes what is waited for in the step that it has interrupted."""
+
+    def act() -> None:
+        case.coroutine()
+        case.function()
+        unfutures = [case.by_loop, case.by_worker]
+        assert wait(unfutures, PATIENCE) == set(unfutures)
+
+    strike_everywhere(case, act, 3 * STRIKES, UNDER_ITS_LOCK, WITH_FUTURES)
+
+
+@pytest.mark.parametrize("wait", [wait_for_all, as_they_come])
+def test_a_ctrl_c_in_a_wait_of_concurrent_futures_holds_up_nobody(
+    wait: Callable[[list[Any], float], set[Any]],
+) -> None:
+    """It may have taken the conditions of some, and not come to let go of them."""
+    if sys.implementation.name != "cpython":
+        pytest.skip("its trace functions are not called for each step")
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    def attempt(step: int) -> int:
+        unfutures: list[Unfuture[int]] = [Unfuture(), Unfuture()]
+        with (
+            Striker(step, strike, files=WITH_FUTURES) as striker,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            wait(unfutures, 0)
+        for each in unfutures:
+            threads.submit(each.set_result, 1).result(PATIENCE)
+        assert wait(unfutures, PATIENCE) == set(unfutures)
+        return striker.count
+
+    gc.collect()
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            for step in range(1, attempt(-1) + 1):
+                attempt(step)
+    finally:
+        gc.enable()
+
+
 def test_many_calls_in_one(case: Case) -> None:
     def act() -> None:
         twice = unsync(double, executor=case.executor)
@@ -456,6 +533,7 @@ HARMLESS = {
     # No signal handler runs in these threads.
     "_AmbientLoop._run",
     "_Followed.__call__",
+    "_InAmbientLoop.wait_for_room",
     "_InAmbientLoop.work",
     # They only drop references, or catch what attributes raise.
     "_Chunk.__call__",

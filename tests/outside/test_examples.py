@@ -645,7 +645,8 @@ def test_ctrl_c_ends_the_census(method: str, database: Path, tmp_path: Path) -> 
     assert process.returncode == 130
     assert (tmp_path / "method").read_text() == method
     assert stdout == ""
-    assert stderr.splitlines()[-1] == "census.py: interrupted"
+    # On a busy machine the exit may say then that it waits for what the processes are at.
+    assert "census.py: interrupted" in stderr.splitlines()
     assert "Traceback" not in stderr
     assert rows_in(database, tree) == {}
 

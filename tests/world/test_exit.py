@@ -519,8 +519,18 @@ def test_what_is_lost_is_told(program: str, run_python: Run) -> None:
     assert done.returncode == 0
 
 
+# Where the end needs a thread that the program had no need of before.
+STARTS_THREADS = {
+    "and what they call in turn, and their continuations",
+    "functions in processes are finished",
+    "functions in executors of others are finished",
+}
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_end_of(program: str, end: Callable[..., str]) -> None:
+    if (3, 12) <= sys.version_info < (3, 12, 2) and program in STARTS_THREADS:
+        pytest.skip("this Python starts no thread once the main program has ended")
     text, output = PROGRAMS[program]
     assert end(BEGINNING + text) == output
 
