@@ -780,6 +780,9 @@ class Waiters:
     def look(self, frame: FrameType, status: int) -> None:
         """This thread sees that status as long as it is in `frame`, or until `look_away`."""
         self.seen()  # which forgets what an interrupt has left
+        if status == CANCELLED:
+            # No executor will come to say so, and concurrent.futures would wait for that.
+            status = CANCELLED_AND_NOTIFIED
         self._looks.setdefault(threading.get_ident(), []).append((frame, status))
 
     def look_away(self) -> None:

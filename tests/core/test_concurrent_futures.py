@@ -44,6 +44,18 @@ def finished(outcome: str) -> Unfuture[int]:
     return unfuture
 
 
+def test_one_that_is_cancelled_between_two_waits_is_done() -> None:
+    """Also beside one that is pending, where wait() enlists with both."""
+    unfutures: list[Any] = [Unfuture[int](), Unfuture[int]()]
+    cancelled, pending = unfutures
+    assert concurrent.futures.wait(unfutures, 0).not_done == {*unfutures}
+    cancelled.cancel()
+    done, not_done = concurrent.futures.wait(unfutures, 0)
+    assert (done, not_done) == ({cancelled}, {pending})
+    pending.set_result(1)
+    assert concurrent.futures.wait(unfutures, PATIENCE).not_done == set()
+
+
 def is_waited_for(future: Either) -> bool:
     """Whether wait() or as_completed() has enlisted itself, and was not told to go on."""
     with future._condition:
