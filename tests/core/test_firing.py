@@ -10,6 +10,7 @@ import itertools
 import logging
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from support.waiting import PATIENCE, collect, running, wait_until
 
+import unsync as unsync_package
 from unsync import Unfuture, unsync
 from unsync.executors import ThreadExecutor
 
@@ -483,6 +485,10 @@ for fails_at in [100_000, *range(ALLOCATIONS)]:
     # PyPy has a module of that name too, without what this takes of it.
     sys.implementation.name != "cpython" or importlib.util.find_spec("_testcapi") is None,
     reason="only CPython's module _testcapi makes allocations fail",
+)
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and not unsync_package.ACCELERATED,
+    reason="without the GIL CPython itself crashed in it once, all of whose code is Python's",
 )
 def test_who_waits_is_told_though_an_allocation_fails(run_python: RunPython) -> None:
     """Each of those that are made meanwhile, one after the other."""
