@@ -766,7 +766,7 @@ class Waiters:
     :param pool_wait: what a thread of a pool must be in while it waits.
     """
 
-    __slots__ = ("_looks", "_pool_wait", "_told", "enlisted")
+    __slots__ = ("_looks", "_told", "enlisted")
 
     def __init__(self, pool_wait: PoolWait) -> None:
         # All threads change these by operations that are atomic: who is to be told; and who has
@@ -786,11 +786,12 @@ class Waiters:
         self._looks.setdefault(threading.get_ident(), []).append((frame, status))
 
     def look_away(self) -> None:
-        looks = self._looks.get(threading.get_ident())
+        thread = threading.get_ident()
+        looks = self._looks.get(thread)
         if looks:
             looks.pop()
         if not looks:
-            self._looks.pop(threading.get_ident(), None)
+            self._looks.pop(thread, None)
 
     def seen(self) -> int | None:
         """The status that this thread sees; None: whatever it is."""

@@ -2661,11 +2661,6 @@ cdef class Unfuture(_Item):
 
     # The room where it changes.
 
-    cdef claim(self, int status, outcome, int expected):
-        """Makes it done, once: the waiters to fire, or REFUSED if somebody else was first."""
-        self.check_fork()
-        return self.change(status, outcome, expected)
-
     cdef tell_waiters(self, side, int status, chain):
         """Those in concurrent.futures.wait(); gives the chain back.
 
@@ -2685,11 +2680,12 @@ cdef class Unfuture(_Item):
         unlock(self)
         return side
 
-    cdef change(self, int status, outcome, int expected):
-        """The change of state itself, which everybody sees then."""
+    cdef claim(self, int status, outcome, int expected):
+        """Makes it done, once: the waiters to fire, or REFUSED if somebody else was first."""
         cdef int before
         cdef int kind = NOTHING, named
         cdef bint again = True
+        self.check_fork()
         failed_at = None
         if status == FAILED:
             failed_at = outcome.__traceback__, None if failing_in is NULL else <object>failing_in

@@ -626,16 +626,12 @@ class Mailbox:
 
         :param mark: is called with the contexts in which those that wait will run.
         """
-        found = [*self.starting, *self.live.values()]
-        for item in _listed(self._items):
-            if isinstance(item, _Continuation):
-                mark(item.context)
-                found.append(item.target)
-            elif isinstance(item, Unfuture):
-                found.append(item)
-                if isinstance(call := item._source, _Call):
-                    mark(call.context)
-        return found
+        waiting = self.waiting()
+        for unfuture in waiting:
+            source = unfuture._source
+            if isinstance(source, (_Call, _Continuation)):
+                mark(source.context)
+        return [*self.starting, *self.live.values(), *waiting]
 
     def _time(self, item: Any) -> None:
         """In debug mode: the loop itself could only name the mailbox."""

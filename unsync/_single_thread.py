@@ -63,11 +63,7 @@ class _Call:
         self.is_live = False
         # Contexts may live for long, and keep this.
         self.above = _first_live(self.above)
-        while True:
-            try:
-                left = self.queued.popleft()
-            except IndexError:
-                return
+        for left in _taken_from(self.queued):
             if outer is not None:
                 outer.queued.append(left)
 
@@ -114,15 +110,14 @@ class _Nested:
             del self, args, kwargs  # an error's traceback holds this frame
 
 
-def _run_first(queued: deque[Unfuture[Any]], jobs: JobQueue) -> bool:
-    """Runs the first of these that nobody has run or given up yet; whether there was one."""
+def _taken_from(queued: deque[Unfuture[Any]]) -> Iterator[Unfuture[Any]]:
+    """One after the other; those that come meanwhile as well."""
     while True:
         try:
             unfuture = queued.popleft()
         except IndexError:
-            return False
-        if jobs.run_within(unfuture):
-            return True
+            return
+        yield unfuture
 
 
 class _Nesting:
@@ -136,7 +131,8 @@ class _Nesting:
             if call is None:
                 # A finalizer between two calls, say, or a callback: nobody's work is in progress.
                 return jobs.run_within(None)
-            return _run_first(call.queued, jobs)
+            # The first one that nobody has run or given up yet.
+            return any(map(jobs.run_within, _taken_from(call.queued)))
 
     def wait_in(self, loop: asyncio.AbstractEventLoop, jobs: JobQueue) -> None:
         bell = _here.bell

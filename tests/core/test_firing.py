@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 from support.waiting import PATIENCE, collect, running, wait_until
 
-import unsync as unsync_package
-from unsync import Unfuture, unsync
+from unsync import ACCELERATED, Unfuture, unsync
 from unsync.executors import ThreadExecutor
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -487,7 +486,7 @@ for fails_at in [100_000, *range(ALLOCATIONS)]:
     reason="only CPython's module _testcapi makes allocations fail",
 )
 @pytest.mark.skipif(
-    bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and not unsync_package.ACCELERATED,
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and not ACCELERATED,
     reason="without the GIL CPython itself crashed in it once, all of whose code is Python's",
 )
 def test_who_waits_is_told_though_an_allocation_fails(run_python: RunPython) -> None:

@@ -156,6 +156,35 @@ def strike_everywhere(
     case.strike()  # nothing is left that keeps it from that
 
 
+def interrupt_everywhere(
+    attempt: Callable[[Striker], object], files: frozenset[str] = FILES
+) -> None:
+    """Makes the attempt again and again; what it does within the striker meets a Ctrl-C.
+
+    At one step after the other.
+    """
+    if sys.implementation.name != "cpython":
+        pytest.skip("its trace functions are not called for each step")
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    def steps_of(step: int) -> int:
+        # What a finalizer raises is only reported.
+        striker = Striker(step, strike, frozenset({"__del__"}), files)
+        attempt(striker)
+        return striker.count
+
+    # A collection would have finalizers of what other tests left be struck.
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(1, steps_of(-1) + 1):
+            steps_of(step)
+    finally:
+        gc.enable()
+
+
 def strides(steps: int, strikes: int) -> list[int]:
     """Which of so many steps to strike at: the second half of them between the first.
 
@@ -366,32 +395,17 @@ def test_a_ctrl_c_in_a_wait_of_concurrent_futures_holds_up_nobody(
     wait: Callable[[list[Any], float], set[Any]],
 ) -> None:
     """It may have taken the conditions of some, and not come to let go of them."""
-    if sys.implementation.name != "cpython":
-        pytest.skip("its trace functions are not called for each step")
 
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    def attempt(step: int) -> int:
+    def attempt(striker: Striker) -> None:
         unfutures: list[Unfuture[int]] = [Unfuture(), Unfuture()]
-        with (
-            Striker(step, strike, files=WITH_FUTURES) as striker,
-            contextlib.suppress(KeyboardInterrupt),
-        ):
+        with striker, contextlib.suppress(KeyboardInterrupt):
             wait(unfutures, 0)
         for each in unfutures:
             threads.submit(each.set_result, 1).result(PATIENCE)
         assert wait(unfutures, PATIENCE) == set(unfutures)
-        return striker.count
 
-    gc.collect()
-    gc.disable()
-    try:
-        with ThreadPoolExecutor(1) as threads:
-            for step in range(1, attempt(-1) + 1):
-                attempt(step)
-    finally:
-        gc.enable()
+    with ThreadPoolExecutor(1) as threads:
+        interrupt_everywhere(attempt, WITH_FUTURES)
 
 
 def test_many_calls_in_one(case: Case) -> None:
@@ -463,69 +477,37 @@ def test_counts(case: Case) -> None:
 
 def test_a_ctrl_c_while_it_is_made_done_leaves_nobody_waiting() -> None:
     """Either it is pending yet, or all have heard."""
-    if sys.implementation.name != "cpython":
-        pytest.skip("its trace functions are not called for each step")
 
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    def attempt(step: int) -> int:
+    def attempt(striker: Striker) -> None:
         unfuture: Unfuture[int] = Unfuture()
         follower = Unfuture(Unfuture(unfuture))
         last = follower.map(str)
-        # What a finalizer raises is only reported.
-        striker = Striker(step, strike, but_in=frozenset({"__del__"}))
         with striker, contextlib.suppress(KeyboardInterrupt):
             unfuture.set_result(1)
         if not unfuture.done():
             unfuture.set_result(1)
-        assert follower.done(), step
+        assert follower.done(), striker.step
         with contextlib.suppress(KeyboardInterrupt):  # if it kept a call from the ambient loop
-            assert last.result(PATIENCE) == "1", step
-        return striker.count
+            assert last.result(PATIENCE) == "1", striker.step
 
-    # A collection would have finalizers of what other tests left be struck.
-    gc.collect()
-    gc.disable()
-    try:
-        for step in range(1, attempt(-1) + 1):
-            attempt(step)
-    finally:
-        gc.enable()
+    interrupt_everywhere(attempt)
 
 
 def test_a_ctrl_c_in_map_keeps_nobody_else_from_the_loop(case: Case) -> None:
     """Another thread's call counts on the wakeup that the interrupted one was about to send."""
-    if sys.implementation.name != "cpython":
-        pytest.skip("its trace functions are not called for each step")
-
     finished = Unfuture.from_value(1)
 
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    def attempt(step: int) -> int:
+    def attempt(striker: Striker) -> None:
         settled = threading.Event()
         unsync.loop.call_soon_threadsafe(settled.set)
         assert settled.wait(PATIENCE)  # what was left for the loop before has been picked up
-        with (
-            Striker(step, strike, but_in=frozenset({"__del__"})) as striker,
-            contextlib.suppress(KeyboardInterrupt),
-        ):
+        with striker, contextlib.suppress(KeyboardInterrupt):
             finished.map(str)
         other = threads.submit(lambda: case.coroutine().result(PATIENCE))
-        assert other.result(2 * PATIENCE) == "coroutine", step
-        return striker.count
+        assert other.result(2 * PATIENCE) == "coroutine", striker.step
 
-    # A collection would have finalizers of what other tests left be struck.
-    gc.collect()
-    gc.disable()
-    try:
-        with ThreadPoolExecutor(1) as threads:
-            for step in range(1, attempt(-1) + 1):
-                attempt(step)
-    finally:
-        gc.enable()
+    with ThreadPoolExecutor(1) as threads:
+        interrupt_everywhere(attempt)
 
 
 # Where CPython may overlook an `except`, a `finally` or a `with`, and it does no harm.

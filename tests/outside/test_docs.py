@@ -128,13 +128,16 @@ def test_the_tests_that_are_shown_pass(tmp_path: Path) -> None:
     assert "7 passed" in run.stdout
 
 
+def program_of(page: str, name: str) -> str:
+    """The one block of a page of docs/ that names that file in its first line."""
+    blocks: list[str] = BLOCK.findall((ROOT / "docs" / page).read_text())
+    (program,) = [block for block in blocks if block.startswith(f"# {name}\n")]
+    return program
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
 def test_the_tutorial_s_service_answers_and_stops(tmp_path: Path) -> None:
-    (code,) = [
-        block
-        for block in BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text())
-        if block.startswith("# service.py\n")
-    ]
+    code = program_of("tutorial.md", "service.py")
     (tmp_path / "service.py").write_text(patient(code))
     with subprocess.Popen(
         [sys.executable, "service.py", "0"],
@@ -162,11 +165,7 @@ def test_the_tutorial_s_service_answers_and_stops(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_the_guide_s_batch_ends_quickly_by_ctrl_c(tmp_path: Path) -> None:
-    (code,) = [
-        block
-        for block in BLOCK.findall((ROOT / "docs" / "guide.md").read_text())
-        if block.startswith("# batch.py\n")
-    ]
+    code = program_of("guide.md", "batch.py")
     # The first file is short, and none of the others ends by itself.
     long = code.replace("time.sleep(1)", f"time.sleep({PROGRAM_SECONDS} if number else 0)")
     assert long != code
