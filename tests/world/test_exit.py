@@ -127,8 +127,9 @@ one = SingleThreadExecutor()
 
 @unsync(executor=one)
 def outer():
+    nested = between()  # which starts the ambient loop, where the main program has not ended yet
     begun.set()
-    print(between().result(60))
+    print(nested.result(60))
 
 @unsync
 async def between():
