@@ -886,6 +886,15 @@ class Enlisting:
 
 
 def _tell(waiter: Any, unfuture: Unfuture[Any], status: int) -> None:
+    event = getattr(waiter, "event", None)
+    if type(event) is ToldEvent:
+        event.tell(waiter, unfuture, status)
+    else:
+        add_to(waiter, unfuture, status)
+
+
+def add_to(waiter: Any, unfuture: Unfuture[Any], status: int) -> None:
+    """Tells a waiter of the standard library, which takes a lock of its own."""
     if status == FINISHED:
         waiter.add_result(unfuture)
     elif status == FAILED:
@@ -1000,15 +1009,17 @@ def let_others_make() -> None:
 class ToldEvent:
     """The event of a thread that waits in concurrent.futures: its pool is told.
 
-    A `threading.Event` has a lock, which a signal handler of that thread may come upon held, and
-    whoever sets it would wait for the handler.
+    A `threading.Event` has a lock, and so has the waiter whose event this is. A signal handler of
+    the thread that waits may come upon them held, and whoever ends an Unfuture would wait for the
+    handler. So that one only leaves here what has ended, and the thread itself tells its waiter.
     """
 
-    __slots__ = ("_bell", "_is_set", "_pool_wait")
+    __slots__ = ("_bell", "_ended", "_is_set", "_pool_wait")
 
     def __init__(self, pool_wait: PoolWait) -> None:
         self._pool_wait = pool_wait
         self._is_set = False
+        self._ended: deque[tuple[Any, Unfuture[Any], int]] = deque()
         # What the thread waits for; it looks at the above then.
         self._bell = threading.Lock()
         self._bell.acquire()
@@ -1018,6 +1029,14 @@ class ToldEvent:
 
     def set(self) -> None:
         self._is_set = True
+        self._ring()
+
+    def tell(self, waiter: Any, unfuture: Unfuture[Any], status: int) -> None:
+        """In any thread: has the one that waits tell its waiter."""
+        self._ended.append((waiter, unfuture, status))
+        self._ring()
+
+    def _ring(self) -> None:
         with suppress(RuntimeError):  # somebody has rung already
             self._bell.release()
 
@@ -1029,10 +1048,16 @@ class ToldEvent:
 
     def wait(self, timeout: float | None = None) -> bool:
         until = math.inf if timeout is None else monotonic() + timeout
-        while not self._is_set and (left := until - monotonic()) > 0:
+        while not self._hear() and (left := until - monotonic()) > 0:
             # It begins to wait anew now and then, and looks whether the loop has to be woken again.
             with self._pool_wait(self):
                 self._bell.acquire(timeout=min(left, LOOK_AGAIN_SECONDS))
+        return self._hear()
+
+    def _hear(self) -> bool:
+        """Whether it is set, by what has ended, too."""
+        while self._ended:
+            add_to(*self._ended.popleft())
         return self._is_set
 
 

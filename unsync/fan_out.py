@@ -12,11 +12,11 @@ import functools
 import math
 import os
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from contextvars import copy_context
-from itertools import chain, islice, repeat
+from itertools import chain, islice, repeat, starmap
 from types import TracebackType
 from typing import Any, TypeVar, cast, final
 
@@ -30,7 +30,7 @@ from unsync._backend import (
     fill_batches,
     when_done,
 )
-from unsync.streams import READ_AHEAD, Stream, _Channel
+from unsync.streams import READ_AHEAD, Channel, Stream, settle
 
 __all__ = ["Target", "make_calls", "stream_calls"]
 
@@ -206,7 +206,7 @@ def stream_calls(
     items = target.read(iterables)
     outlet = _InOrder if in_order else _AsCompleted
     channel: _Outlet[Any] = outlet(target, items, first, most, read_ahead)
-    channel.feed()
+    channel.go_on()
     return Stream(channel)
 
 
@@ -620,10 +620,13 @@ class _Single:
     def __init__(self, outlet: _Outlet[Any], args: tuple[Any, ...]) -> None:
         self.outlet = outlet
         self.job = _call(outlet.target.function, args)
+        self.followed = False
+        self.values: deque[Any] | None = None
 
     def follow(self) -> None:
-        """Has the outlet told when it is done."""
+        """Has the outlet told when it is done; twice does no harm."""
         when_done(self.job, self.end)
+        self.followed = True
 
     def end(self, _: object) -> None:
         self.outlet.arrive(self)
@@ -634,13 +637,16 @@ class _Single:
     def drop(self) -> None:
         _drop(self.job)
 
-    def take(self) -> tuple[list[Any], BaseException | None]:
-        """The values of a done one, and the failure that came after them."""
+    def open(self) -> tuple[deque[Any], BaseException | None]:
+        """The values of a done one, and the failure after them; the same ones whoever asks."""
         job = self.job
         try:
-            return [job.result()], None
+            if self.values is None:
+                self.values = deque([job.result()])
         except BaseException as exc:
-            return [], _failure(job, exc)
+            return deque(), _failure(job, exc)
+        else:
+            return self.values, None
         finally:
             del self, job  # the frame that raised refers to this one
 
@@ -649,7 +655,7 @@ class _Single:
 class _Streamed(_Chunk):
     """One whose values go into a stream."""
 
-    __slots__ = ("came", "outlet")
+    __slots__ = ("came", "opened", "outlet")
 
     def __init__(self, outlet: _Outlet[Any], items: list[Any]) -> None:
         super().__init__(outlet.target, items)
@@ -657,6 +663,7 @@ class _Streamed(_Chunk):
         # What came of it: set once, by the thread that finishes its job, before the outlet hears
         # of it.
         self.came: tuple[Any, BaseException | None] | None = None
+        self.opened: tuple[deque[Any], BaseException | None] | None = None
 
     def arrive(self, came_back: Any) -> None:
         self.come(came_back, None)
@@ -687,16 +694,21 @@ class _Streamed(_Chunk):
     def is_done(self) -> bool:
         return self.came is not None
 
-    def take(self) -> tuple[list[Any], BaseException | None]:
-        """The values of a done one, and the failure that came after them."""
+    def open(self) -> tuple[deque[Any], BaseException | None]:
+        """The values of a done one, and the failure after them; the same ones whoever asks."""
+        if self.opened is None:
+            self.opened = self.unpacked()
+        return self.opened
+
+    def unpacked(self) -> tuple[deque[Any], BaseException | None]:
         assert self.came is not None
         came_back, failure = self.came
         if failure is not None:
-            return [], failure
+            return deque(), failure
         are_values, outcomes = came_back
         if are_values:
-            return outcomes, None
-        values: list[Any] = []
+            return deque(outcomes), None
+        values: deque[Any] = deque()
         for status, outcome in self.outcomes(outcomes):
             if status == _common.FAILED:
                 return values, outcome
@@ -707,22 +719,15 @@ class _Streamed(_Chunk):
 _Part = _Streamed | _Single
 
 
-def _drop_all(parts: Iterable[_Part]) -> None:
-    for part in parts:
-        part.drop()
-
-
-class _Outlet(_Channel[T]):
+class _Outlet(Channel[T]):
     """The values of calls, which are made when a consumer comes and there is room for more.
 
-    The iterables are read by the consumers, one at a time.
+    One consumer at a time reads the iterables, and one at a time collects what is done; these may
+    be two, so the fields of each are its own.
 
     :param first: how many calls are in the first chunk; the next has twice as many.
     :param most: how many there are in a chunk at most.
     """
-
-    # In order they are asked: most are done long before it is their turn.
-    follows_singles = False
 
     def __init__(
         self,
@@ -732,92 +737,110 @@ class _Outlet(_Channel[T]):
         most: int,
         read_ahead: int,
     ) -> None:
-        super().__init__(read_ahead)
+        super().__init__()
         self.target = target
         self.read_ahead = read_ahead
-        self.size = min(first, read_ahead)
         self.most = min(most, read_ahead)
         # With so many on their way no more are made: several at a time cost less, but the workers
         # must not run out of them, and what waits for something else must do so all at once.
         self.enough = read_ahead // 2 if most > 1 else read_ahead - max(1, read_ahead // 8)
         self.pid = os.getpid()
-        # What was launched and not taken, in order; and how many calls those are. These are guarded
-        # by the lock.
-        self.parts: OrderedDict[_Part, None] = OrderedDict()
-        self.ahead = 0
-        # As many as have come back since a consumer began to wait, and with how many it is woken:
-        # more than one only while nobody else waits.
-        self.came: deque[None] = deque()
-        self.wanted = 1
-        # Whether the next consumer lingers. Not guarded: it is a guess.
-        self.lingers = False
-        # None when it is read to its end, or nobody wants more of it.
+        # No more calls are made; and no more values are given. Any thread sets them, once.
+        self.stopped = False
+        self.closing = False
+        # Who reads the iterables, or wants to: the first of these does, and the next fields are its
+        # own. The items: None when all is launched, and known, that came of them; how many calls
+        # are in the next chunk; how many were launched; and what the iterables raised.
+        self.readers: deque[object] = deque()
         self.source: Iterator[Any] | None = source
-        self.feeding = False
-        # What the iterables raised, to be told after the values before it.
+        self.size = min(first, read_ahead)
+        self.launched = 0
         self.broken: Exception | None = None
+        # Of who collects: how many calls, the values of which are there before; and what a call
+        # raised, to be told after the values before it.
+        self.collected = 0
+        self.failure: BaseException | None = None
+
+    # What was launched and not collected, in the order of the calls.
+    parts: deque[_Part] | dict[_Part, None]
+
+    def add(self, part: _Part) -> None:
+        raise NotImplementedError
+
+    def follow_all(self) -> None:
+        """Has no part forgotten of which nobody would say that it is done."""
+        for part in [*self.parts]:
+            if not part.followed:
+                part.follow()
 
     def next_done(self) -> _Part | None:
-        """Under the lock: takes the next one out of the parts that is done."""
+        """The next one whose values are to be taken, if it is done."""
         raise NotImplementedError
 
-    def note(self, part: _Part) -> None:
-        """It is done, says the thread that finished it."""
+    def remove(self, part: _Part) -> None:
+        """It is collected."""
         raise NotImplementedError
 
-    def has_news(self) -> bool:
-        """Whether `next_done()` may give one; in any thread."""
+    def pop(self) -> _Part:
+        """Any one, to be dropped.
+
+        :raises LookupError: if there is none.
+        """
         raise NotImplementedError
 
-    def is_hungry(self) -> bool:
-        """Under the lock: whether there is not enough on its way, and room for more."""
-        if self.source is None or self.feeding:
-            return False
-        return self.ahead + len(self.taken) <= self.enough and self.has_room()
+    # Whoever reads the iterables.
+
+    def pending(self) -> int:
+        """Of how many calls nobody has taken the values, or more."""
+        return self.launched - self.collected + len(self.taken)
 
     def has_room(self) -> bool:
-        """Under the lock: whether there is room for the next chunk."""
-        return self.ahead + len(self.taken) + self.size <= self.read_ahead
+        """Whether there is room for the next chunk, and somebody who wants it."""
+        return not self.stopped and self.pending() + self.size <= self.read_ahead
+
+    def go_on(self) -> None:
+        if self.source is None or self.pending() > self.enough or not self.has_room():
+            return
+        reader, reads = object(), False
+        try:
+            try:
+                # As in `look()`: nothing can interrupt this so that it stays in the line.
+                self.readers.append(reader)
+                reads = self.readers[0] is reader
+                if reads:
+                    self.feed()
+            finally:
+                self.readers.remove(reader)
+        finally:
+            if reads:
+                self.wake_all()  # now it may be known that there is nothing more
 
     def feed(self) -> None:
-        """Makes as many calls as there is room for, if there is not enough on its way."""
-        with self.lock:
-            if not self.is_hungry():
-                return
-            assert self.source is not None
-            self.feeding, source = True, self.source
+        """Makes as many calls as there is room for."""
         try:
-            while self.feed_chunk(source):
-                pass
+            while self.source is not None and self.has_room():
+                self.feed_chunk(self.source)
         except Exception as exc:
-            with self.lock:
-                self.source = None
-                self.broken = exc
+            self.follow_all()  # a signal handler may have raised it, anywhere
+            self.broken = exc
+            self.source = None
         except BaseException:
             self.close()  # an interrupt: nobody knows what was left out
             raise
-        finally:
-            with self.lock:
-                self.feeding = False
-            self.wake_all()
 
-    def feed_chunk(self, source: Iterator[Any]) -> bool:
-        """Whether it makes sense to go on."""
+    def feed_chunk(self, source: Iterator[Any]) -> None:
         size = self.size
         self.size = min(2 * size, self.most)
         items: list[Any] = []
         try:
             items += islice(source, size)  # those that come before a failure count
         finally:
-            go_on = bool(items) and self.launch(items)
-        if len(items) == size:
-            return go_on
-        with self.lock:
+            if items:
+                self.launch(items)
+        if len(items) < size:
             self.source = None
-        return False
 
-    def launch(self, items: list[Any]) -> bool:
-        """Whether there is room for the next chunk, and somebody who wants it."""
+    def launch(self, items: list[Any]) -> None:
         route = self.target.route
         part: _Part
         if route is None:
@@ -825,159 +848,152 @@ class _Outlet(_Channel[T]):
         else:
             part = _Streamed(self, items)
             part.launch(route)
-        with self.lock:
-            wanted = self.source is not None
-            if wanted:
-                self.parts[part] = None
-                self.ahead += part.size
-            go_on = wanted and self.has_room()
-        if not wanted:
-            part.drop()  # the stream was left meanwhile
-        if self.follows_singles or route is not None:
-            part.follow()
-        return go_on
+        self.launched += part.size
+        self.add(part)
+        if self.stopped:
+            self.drop_all()  # it was left meanwhile
+
+    # Whoever finishes a part.
 
     def arrive(self, part: _Part) -> None:
-        """It is done, says the thread that finished it.
+        """It is done. A consumer that begins to wait looks again, then."""
+        raise NotImplementedError
 
-        A consumer that begins to wait looks again, then, whether there is something.
-        """
-        self.note(part)
-        self.came.append(None)
-        if self.waiters and len(self.came) >= self.wanted and self.has_news():
-            self.wake_all()
+    # Consumers.
 
-    def wait_for_more(self) -> bool:
-        while isinstance(found := self.refill(self.lingers), Unfuture):
-            # Whoever waits alone is the only one who can have set it to more than one.
-            timeout = _LINGER if self.wanted > 1 else None
-            began = _common.monotonic()
-            try:
-                self.wait_for(found, timeout)
-            except TimeoutError:
-                self.lingers = len(self.came) > 1
-            else:
-                if timeout is None:
-                    is_quick = _common.monotonic() - began < _QUICK
-                    self.lingers = is_quick and self.target.route is not None
-        return found
-
-    def refill(self, lingers: bool = False) -> Unfuture[None] | bool:
-        """:param lingers: whether the consumer, if it waits, is to be woken for several chunks."""
+    def find(self) -> bool | None:
         if os.getpid() != self.pid:
             raise _common.orphan_error()
-        while True:
-            answer = self.look(lingers)
-            if answer is not None:
-                return answer
-            self.feed()
-
-    def look(self, lingers: bool) -> Unfuture[None] | bool | None:
-        """What `refill` answers; None if more is to be fed before."""
-        dropped: Iterable[_Part] = ()
+        if not self.stopped:
+            self.collect()
+        if self.taken:
+            return True
+        if self.stopped:
+            failure, self.failure = self.failure, None
+        elif self.source is None and not self.parts:
+            self.stopped = True
+            failure, self.broken = self.broken, None
+        else:
+            return None
+        self.wake_all()
+        outcome: Unfuture[None] = Unfuture()
+        settle(outcome, failure)
         try:
-            with self.lock:
-                dropped = self.collect()
-                if self.is_hungry():
-                    return None
-                if self.taken:
-                    return True
-                self.came.clear()
-                self.wanted = 1
-                if lingers and not self.waiters:
-                    self.wanted = _together(len(self.parts))
-                return self.wait()
+            outcome.result()
         finally:
-            _drop_all(dropped)
+            del failure, outcome  # the failure's frames refer to this one
+        return False
 
-    def collect(self) -> Iterable[_Part]:
-        """Under the lock: takes what is done; gives what is dropped for a failure."""
+    def collect(self) -> None:
+        """Takes the values of what is done, up to what has failed."""
         while (part := self.next_done()) is not None:
-            self.ahead -= part.size
-            values, failure = part.take()
-            self.taken += values
+            values, failure = part.open()
+            # Each is in one of the two, wherever an interrupt strikes; and then the part is still
+            # there, for who comes next.
+            self.taken.extend(starmap(values.popleft, repeat((), len(values))))
             if failure is not None:
-                dropped = self.forget()
-                self.finish(failure)
+                self.failure = failure
+                self.stopped = True
+                self.drop_all()
                 del part, failure  # whose frames refer to this one
-                return dropped
-        if self.source is None and not self.feeding and not self.parts:
-            broken, self.broken = self.broken, None
-            self.finish(broken)
-        return ()
+                break
+            self.collected += part.size
+            self.remove(part)
+        if self.closing:  # meanwhile
+            self.taken.clear()
+            self.failure = None
 
-    def forget(self) -> list[_Part]:
-        """Under the lock: nobody wants more; gives what was launched for nothing."""
-        self.source = None
-        parts = [*self.parts]
-        self.parts.clear()
-        self.ahead = 0
-        return parts
+    def drop_all(self) -> None:
+        """What was launched for nothing."""
+        while True:
+            try:
+                part = self.pop()
+            except LookupError:
+                return
+            part.drop()
 
     def close(self) -> Unfuture[None]:
-        with self.lock:
-            dropped = self.forget()
-            closed = super().close()
-            self.finish(None)
-        _drop_all(dropped)
-        return closed
+        self.closing = self.stopped = True
+        self.failure = None
+        self.drop_all()
+        self.taken.clear()
+        self.wake_all()
+        return Unfuture.from_value(None)
 
 
 @final
 class _InOrder(_Outlet[T]):
+    parts: deque[_Part]
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # The first of the parts, for those who may not look there.
-        self.head: _Part | None = None
+        self.parts = deque()
+
+    def add(self, part: _Part) -> None:
+        self.parts.append(part)
+        # Calls that go alone are asked when it is their turn: most are done long before.
+        if self.target.route is not None:
+            part.follow()
 
     def first(self) -> _Part | None:
-        self.head = next(iter(self.parts), None)
-        return self.head
+        try:
+            return self.parts[0]
+        except IndexError:
+            return None
 
     def next_done(self) -> _Part | None:
         first = self.first()
-        if first is None or not first.is_done():
-            return None
-        del self.parts[first]
-        return first
+        return None if first is None or not first.is_done() else first
 
-    def note(self, part: _Part) -> None:
-        pass
+    def remove(self, part: _Part) -> None:
+        _common.take_out(self.parts, part)
 
-    def has_news(self) -> bool:
-        head = self.head
-        return head is not None and head.is_done()
+    def pop(self) -> _Part:
+        return self.parts.pop()
 
-    def wait(self) -> Unfuture[None] | bool:
-        found = super().wait()
-        if self.target.route is None and (first := self.first()) is not None:
+    def arrive(self, part: _Part) -> None:
+        if self.waiters and self.next_done() is not None:
+            self.wake_all()
+
+    def find(self) -> bool | None:
+        found = super().find()
+        if found is None and (first := self.first()) is not None and not first.followed:
             first.follow()
         return found
 
 
 @final
 class _AsCompleted(_Outlet[T]):
-    follows_singles = True
+    parts: dict[_Part, None]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.parts = {}
         self.completed: deque[_Part] = deque()
 
-    def note(self, part: _Part) -> None:
-        if part in self.parts:
-            self.completed.append(part)
-
-    def has_news(self) -> bool:
-        return bool(self.completed)
+    def add(self, part: _Part) -> None:
+        self.parts[part] = None
+        part.follow()
 
     def next_done(self) -> _Part | None:
-        while self.completed:
-            part = self.completed.popleft()
-            if part in self.parts:  # else it was forgotten as it came
-                del self.parts[part]
-                return part
-        return None
+        try:
+            return self.completed[0]
+        except IndexError:
+            return None
 
-    def forget(self) -> list[_Part]:
+    def remove(self, part: _Part) -> None:
+        self.parts.pop(part, None)
+        _common.take_out(self.completed, part)
+
+    def pop(self) -> _Part:
+        return self.parts.popitem()[0]
+
+    def drop_all(self) -> None:
+        super().drop_all()
         self.completed.clear()
-        return super().forget()
+
+    def arrive(self, part: _Part) -> None:
+        self.completed.append(part)
+        if self.stopped:
+            self.completed.clear()  # if it was stopped before it came
+        self.wake_all()

@@ -28,26 +28,163 @@ T = TypeVar("T")
 READ_AHEAD = 64
 
 
-class _Channel(Generic[T]):
-    """What producer and consumers share.
+class _Turn:
+    """That a thread looks for more, and nobody else does meanwhile."""
 
-    Not the `Stream` itself: a producer must not keep alive what its consumers have left.
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
+class Channel(Generic[T]):
+    """What brings the values of a stream, as its consumers see it.
+
+    Not the `Stream` itself: who makes the values must not keep alive what its consumers have left.
+
+    There is no lock, since whoever holds one may be interrupted by a signal handler that waits for
+    others. What is shared is changed by single operations of a deque. Who brings something shows it
+    first, and looks then who waits; a consumer enlists first, and looks then once more whether
+    there is something.
     """
 
-    def __init__(self, read_ahead: int) -> None:
-        # Of the consumers: they look for more one after the other. No producer takes it, nor who
-        # finishes a call: so they go on, and whoever waits for them does, if a signal handler
-        # interrupts a consumer. They show first what they have done, and then look who waits; a
-        # consumer enlists first, and then looks again whether there is something. Reentrant, since
-        # the garbage collector may run while it is held, and close a stream that nobody refers to.
-        self.lock = threading.RLock()
-        # What was made moves to what is taken when there is nothing left in that, all at once: so
-        # it costs the lock once for many values. `taken` may be popped without it.
-        self.made: deque[T] = deque()
+    def __init__(self) -> None:
+        # In order. Consumers pop them without asking for anything else.
         self.taken: deque[T] = deque()
-        self.room = (read_ahead + 1) // 2
+        # Consumers look for more one after the other: the first of these does. Nobody waits until
+        # that one is ready. Who came meanwhile notes it, waits as if there were nothing, and is
+        # woken to look again.
+        self.turns: deque[_Turn] = deque()
+        self.refused: deque[None] = deque()
         # Consumers that wait until there is something.
         self.waiters: deque[Unfuture[None]] = deque()
+
+    def find(self) -> bool | None:
+        """Whether there is something to take, which it puts there; None if nobody knows yet.
+
+        One thread at a time is in here, but for its own signal handlers and finalizers.
+
+        :raises BaseException: what ended the stream, once.
+        """
+        raise NotImplementedError
+
+    def go_on(self) -> None:
+        """Has more values made, if there is room for them."""
+        raise NotImplementedError
+
+    def close(self) -> Unfuture[None]:
+        """Nobody wants more of it; done when what made the values has ended."""
+        raise NotImplementedError
+
+    def take_returned(self) -> Any:
+        """What the generator returned that made the values, if one did; once."""
+        return None
+
+    # For consumers.
+
+    def refill(self) -> Unfuture[None] | bool:
+        """Whether there is something to take; an Unfuture if nobody knows before that is done.
+
+        :raises BaseException: what ended the stream, once.
+        """
+        found = self.look()
+        self.go_on()
+        if found is not None:
+            return found
+        waiter: Unfuture[None] = Unfuture()
+        try:
+            self.waiters.append(waiter)
+            found = self.look()
+            self.go_on()
+        except BaseException:
+            self.leave(waiter)
+            raise
+        # Who brought it may have seen nobody; or has woken this one.
+        return waiter if found is None or not _common.take_out(self.waiters, waiter) else found
+
+    def look(self) -> bool | None:
+        """What `find()` answers; None, too, if another thread is in there: it says when it is not.
+
+        A handler of that very thread goes in, lest it wait for itself.
+        """
+        while True:
+            turn, mine = _Turn(), False
+            try:
+                try:
+                    # Nothing can interrupt these steps so that it stays in the line.
+                    self.turns.append(turn)
+                    mine = self.turns[0].thread == turn.thread
+                    if mine:
+                        return self.find()
+                finally:
+                    self.turns.remove(turn)
+            finally:
+                if mine and self.refused:
+                    self.refused.clear()
+                    self.wake_all()
+            self.refused.append(None)
+            if self.turns:
+                return None
+
+    def has_more(self) -> bool:
+        """In a thread: waits until that is known; others may take it first.
+
+        Who is interrupted meanwhile, by Ctrl-C say, closes it, as a generator would have ended: the
+        traceback may be kept, and refers to the stream, which would have its work go on.
+
+        :raises BaseException: as `refill()`.
+        """
+        try:
+            return self.wait_for_more()
+        except (KeyboardInterrupt, SystemExit):
+            self.close()
+            raise
+
+    def wait_for_more(self) -> bool:
+        while isinstance(found := self.refill(), Unfuture):
+            self.wait_for(found, None)
+        return found
+
+    def wait_for(self, waiter: Unfuture[None], timeout: float | None) -> None:
+        """In a thread: blocks until somebody wakes it, for `timeout` seconds at most."""
+        try:
+            waiter.result(timeout)
+        except BaseException:
+            self.leave(waiter)
+            raise
+
+    def wake(self, waiter: Unfuture[None] | None) -> None:
+        """Wakes that consumer, or the next one if it has stopped waiting."""
+        while waiter is not None and not _wake(waiter):
+            waiter = self.next_waiter()
+
+    def wake_all(self) -> None:
+        """Has all consumers that wait look again."""
+        while (waiter := self.next_waiter()) is not None:
+            _wake(waiter)
+
+    def next_waiter(self) -> Unfuture[None] | None:
+        """Who takes it out wakes it."""
+        try:
+            return self.waiters.popleft()
+        except IndexError:
+            return None
+
+    def leave(self, waiter: Unfuture[None]) -> None:
+        """That consumer stops waiting: if it was woken meanwhile, another one must be."""
+        if not _common.take_out(self.waiters, waiter) and not waiter.cancelled():
+            self.wake(self.next_waiter())
+
+
+class _Generated(Channel[T]):
+    """What a generator yields, which a producer runs somewhere else."""
+
+    def __init__(self, read_ahead: int) -> None:
+        super().__init__()
+        # What was made moves to what is taken when there is nothing left in that, all at once: so
+        # the producer rests, and is told to go on, once for many values.
+        self.made: deque[T] = deque()
+        self.room = (read_ahead + 1) // 2
         # Nobody runs the generator until resume() is called. The producer clears it when it goes
         # on: a Ctrl-C may keep whoever saw it from calling.
         self.resting = False
@@ -103,10 +240,10 @@ class _Channel(Generic[T]):
         if closing and isinstance(failure, asyncio.CancelledError):
             failure = None  # that is how it was interrupted
         # Nobody waits for this one: it only keeps the failure, and reports it if need be.
-        _settle(self.ended, None if closing else failure)
+        settle(self.ended, None if closing else failure)
         if self.closing and not closing:
             self.ended = Unfuture.from_value(None)  # as `close` does, which may have missed it
-        _settle(self.closed, failure if closing else None)
+        settle(self.closed, failure if closing else None)
         self.wake_all()
 
     def is_over(self, producer: Unfuture[None]) -> None:
@@ -118,70 +255,18 @@ class _Channel(Generic[T]):
 
     # For consumers.
 
-    def refill(self) -> Unfuture[None] | bool:
-        """Whether there is something to take; an Unfuture if nobody knows before that is done.
-
-        :raises BaseException: what the generator raised, once.
-        """
-        with self.lock:
-            if self.taken:
-                return True
-            # Not into the old one: somebody may be about to look into it.
-            moved: deque[T] = deque()
-            with suppress(IndexError):
-                moved.extend(starmap(self.made.popleft, repeat((), len(self.made))))
-            found: Unfuture[None] | bool = bool(moved)  # before others can see it, and take it
-            self.taken = moved
-            if not found:
-                found = self.wait()
-            resume = self.resting
-        if resume:
-            try:
-                self.resume()
-            except BaseException:
-                if isinstance(found, Unfuture):
-                    self.leave(found)
-                raise
-        return found
-
-    def has_more(self) -> bool:
-        """In a thread: waits until that is known; others may take it first.
-
-        Who is interrupted meanwhile, by Ctrl-C say, closes it, as a generator would have ended: the
-        traceback may be kept, and refers to the stream, which would have its work go on.
-
-        :raises BaseException: as `refill()`.
-        """
-        try:
-            return self.wait_for_more()
-        except (KeyboardInterrupt, SystemExit):
-            self.close()
-            raise
-
-    def wait_for_more(self) -> bool:
-        while isinstance(found := self.refill(), Unfuture):
-            self.wait_for(found, None)
-        return found
-
-    def wait_for(self, waiter: Unfuture[None], timeout: float | None) -> None:
-        """In a thread: blocks until somebody wakes it, for `timeout` seconds at most."""
-        try:
-            waiter.result(timeout)
-        except BaseException:
-            self.leave(waiter)
-            raise
-
-    def wait(self) -> Unfuture[None] | bool:
-        """Under the lock, when there is nothing to take: what `refill()` gives then."""
-        if not self.ended.done():
-            waiter: Unfuture[None] = Unfuture()
-            self.waiters.append(waiter)
-            if self.ended.done() or self.has_news():
-                # It came in between, and who brought it may have seen nobody.
-                return True if _common.take_out(self.waiters, waiter) else waiter
-            return waiter
-        if self.has_news():
-            return True  # from before the end
+    def find(self) -> bool | None:
+        if self.taken:
+            return True
+        over = self.ended.done()  # what it made is there, then
+        with suppress(IndexError):  # of a closing that came in between
+            self.taken.extend(starmap(self.made.popleft, repeat((), len(self.made))))
+        if self.closing:
+            self.taken.clear()  # as `put`
+        if self.taken:
+            return True
+        if not over:
+            return None
         # Told once; and the failure's traceback is going to refer to this channel.
         ended, self.ended = self.ended, Unfuture.from_value(None)
         try:
@@ -190,53 +275,28 @@ class _Channel(Generic[T]):
             del ended
         return False
 
-    def has_news(self) -> bool:
-        """Under the lock: whether there is something that was not taken yet."""
-        return bool(self.made)
+    def go_on(self) -> None:
+        if self.resting:
+            self.resume()
 
     def take_returned(self) -> Any:
-        """What a generator returned that was not left early; once."""
         try:
             return None if self.closing else self.returned.popleft()
         except IndexError:
             return None
 
-    def wake(self, waiter: Unfuture[None] | None) -> None:
-        """Wakes that consumer, or the next one if it has stopped waiting."""
-        while waiter is not None and not _wake(waiter):
-            waiter = self.next_waiter()
-
-    def wake_all(self) -> None:
-        """Has all consumers that wait look again."""
-        while (waiter := self.next_waiter()) is not None:
-            _wake(waiter)
-
-    def next_waiter(self) -> Unfuture[None] | None:
-        """Who takes it out wakes it."""
-        try:
-            return self.waiters.popleft()
-        except IndexError:
-            return None
-
-    def leave(self, waiter: Unfuture[None]) -> None:
-        """That consumer stops waiting: if it was woken meanwhile, another one must be."""
-        if not _common.take_out(self.waiters, waiter) and not waiter.cancelled():
-            self.wake(self.next_waiter())
-
     def close(self) -> Unfuture[None]:
         """Has the generator closed where it runs; done when that is done."""
-        with self.lock:
-            self.closing = True
-            self.made.clear()
-            self.taken.clear()
-            if self.ended.done():
-                # What it failed with was to be told after values that nobody wants any more.
-                self.ended = Unfuture.from_value(None)
-                return self.closed
-            if self.told_to_close:
-                return self.closed
-            resume = self.resting
-        if resume:
+        self.closing = True
+        self.made.clear()
+        self.taken.clear()
+        if self.ended.done():
+            # What it failed with was to be told after values that nobody wants any more.
+            self.ended = Unfuture.from_value(None)
+            return self.closed
+        if self.told_to_close:
+            return self.closed
+        if self.resting:
             self.resume()
         else:
             self.interrupt()
@@ -246,7 +306,7 @@ class _Channel(Generic[T]):
 
 
 @final
-class _InThreads(_Channel[T]):
+class _InThreads(_Generated[T]):
     """Runs a regular generator in jobs, one after the other, each until there is enough."""
 
     # Those that have not ended, as a loop keeps its tasks. Otherwise the garbage collector could
@@ -345,7 +405,7 @@ class _InThreads(_Channel[T]):
 
 
 @final
-class _InAmbientLoop(_Channel[T]):
+class _InAmbientLoop(_Generated[T]):
     """Runs an async generator in one task, so that timeouts and task groups within it work."""
 
     def __init__(self, generator: AsyncGenerator[T, Any], read_ahead: int) -> None:
@@ -423,7 +483,7 @@ def _wake(waiter: Unfuture[None]) -> bool:
     return True
 
 
-def _settle(outcome: Unfuture[None], failure: BaseException | None) -> None:
+def settle(outcome: Unfuture[None], failure: BaseException | None) -> None:
     """Gives it its outcome, unless who waited for it was cancelled, and it with them."""
     try:
         if failure is None:
@@ -462,14 +522,14 @@ class Stream(Generic[T]):
 
     __slots__ = ("__weakref__", "_channel")
 
-    def __init__(self, channel: _Channel[T]) -> None:
+    def __init__(self, channel: Channel[T]) -> None:
         self._channel = channel
 
     def __iter__(self) -> Generator[T, None, Any]:
         """The values, as `next()` gives them: another iterator, since a generator is faster."""
         channel = self._channel
+        take = channel.taken.popleft
         while True:
-            take = channel.taken.popleft
             try:
                 while True:
                     yield take()

@@ -15,6 +15,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dis
+import functools
 import gc
 import sys
 import threading
@@ -27,10 +28,11 @@ from typing import Any
 
 import pytest
 from support.under_test import FOLDER
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, wait_until
 
 from unsync import ACCELERATED, Unfuture, unsync
 from unsync.executors import ThreadExecutor
+from unsync.streams import Stream
 
 pytestmark = pytest.mark.alone  # there is one main thread
 
@@ -43,12 +45,9 @@ STRIKES = 100
 NOP = dis.opmap["NOP"]
 
 FILES = frozenset(str(path) for path in Path(FOLDER).glob("*.py"))
+OF_STREAMS = frozenset(str(Path(FOLDER, name)) for name in ("fan_out.py", "streams.py"))
 # And those of wait() and as_completed().
 WITH_FUTURES = FILES | {str(concurrent.futures._base.__file__)}
-# Where they hold the lock of who waits, which is the standard library's own.
-UNDER_ITS_LOCK = frozenset(
-    {"_decrement_pending_calls", "add_cancelled", "add_exception", "add_result", "as_completed"}
-)
 
 
 class Striker:
@@ -60,11 +59,13 @@ class Striker:
         strike: Callable[[], object],
         but_in: frozenset[str] = frozenset(),
         files: frozenset[str] = FILES,
+        by_signals: bool = False,
     ) -> None:
         self.step = step
         self.strike = strike
         self.but_in = but_in  # the names of functions that it leaves alone
         self.files = files
+        self.by_signals = by_signals  # whether it leaves out where no signal is looked for
         self.count = 0
 
     def __enter__(self) -> Striker:
@@ -82,10 +83,26 @@ class Striker:
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         if event == "opcode" and code.co_code[frame.f_lasti] != NOP:
+            if self.by_signals and frame.f_lasti not in where_signals_come(code):
+                return self.trace
             self.count += 1
             if self.count == self.step:
                 self.strike()  # in which nothing is traced, since a trace function runs
         return self.trace
+
+
+@functools.cache
+def where_signals_come(code: CodeType) -> frozenset[int]:
+    """Where the interpreter has just looked for them: after a call, and at the top of a loop."""
+    offsets: set[int] = set()
+    after_a_call = False
+    for each in dis.get_instructions(code):
+        if after_a_call:
+            offsets.add(each.offset)
+        after_a_call = each.opname == "RESUME" or each.opname.startswith("CALL")
+        if each.opname.startswith("JUMP_BACKWARD") and "NO_INTERRUPT" not in each.opname:
+            offsets.add(each.argval)
+    return frozenset(offsets)
 
 
 class Case:
@@ -136,7 +153,6 @@ def strike_everywhere(
     case: Case,
     act: Callable[[], object],
     strikes: int = STRIKES,
-    but_in: frozenset[str] = frozenset(),
     files: frozenset[str] = FILES,
 ) -> None:
     """Does it again and again, struck at one step after the other."""
@@ -146,7 +162,7 @@ def strike_everywhere(
 
     def attempt(step: int) -> int:
         case.by_loop, case.by_worker = Unfuture(), Unfuture()
-        with Striker(step, case.strike, but_in, files) as striker:
+        with Striker(step, case.strike, files=files) as striker:
             act()
         return striker.count
 
@@ -387,7 +403,7 @@ def test_a_handler_that_waits_while_concurrent_futures_enlists(
         unfutures = [case.by_loop, case.by_worker]
         assert wait(unfutures, PATIENCE) == set(unfutures)
 
-    strike_everywhere(case, act, 3 * STRIKES, UNDER_ITS_LOCK, WITH_FUTURES)
+    strike_everywhere(case, act, 3 * STRIKES, WITH_FUTURES)
 
 
 @pytest.mark.parametrize("wait", [wait_for_all, as_they_come])
@@ -463,6 +479,91 @@ def test_a_stream_of_an_async_generator_function(case: Case) -> None:
             assert next(stream) == 0
 
     strike_everywhere(case, act, 60)
+
+
+STREAMS = ["function", "coroutine", "map", "map, as completed"]
+
+
+def stream_of(what: str, case: Case) -> Stream[int]:
+    """The numbers up to eight, in some order."""
+    if what == "function":
+        return unsync(executor=case.executor, read_ahead=4)(body)()
+    if what == "coroutine":
+        return unsync(read_ahead=4)(async_body)()
+    return unsync.map(unsync(redouble), range(8), read_ahead=4, in_order=what == "map")
+
+
+def body() -> Iterator[int]:
+    yield from range(0, 16, 2)
+
+
+async def async_body() -> AsyncIterator[int]:
+    for number in body():
+        yield number
+
+
+@pytest.mark.parametrize("what", STREAMS)
+def test_a_stream_that_the_ambient_loop_reads_too(case: Case, what: str) -> None:
+    """Its consumer there must not hold up the loop, which has the handler's call to run."""
+    stream = stream_of(what, case)
+    by_loop: list[int] = []
+    readers: list[asyncio.Task[None]] = []
+
+    async def read_one() -> None:
+        with contextlib.suppress(StopAsyncIteration):
+            by_loop.append(await anext(stream))
+
+    async def finish_by_loop() -> str:
+        readers.append(asyncio.ensure_future(read_one()))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return "coroutine"
+
+    case.coroutine = unsync(finish_by_loop)
+
+    def act() -> None:
+        nonlocal stream
+        by_loop.clear()
+        stream = stream_of(what, case)
+        found = list(stream)
+        wait_until(lambda: all(reader.done() for reader in readers))
+        assert sorted(found + by_loop) == list(range(0, 16, 2))
+
+    strike_everywhere(case, act, 60)
+
+
+@pytest.mark.parametrize("what", STREAMS)
+def test_what_a_handler_raises_costs_a_stream_one_value_at_most(case: Case, what: str) -> None:
+    """The one that was about to be returned. What comes after it is there, in order.
+
+    Unless it was raised where a job is sent, or a call is made: then that has failed with it. What
+    is raised in a callback is logged and goes no further, so these are left alone.
+    """
+    if sys.implementation.name != "cpython":
+        pytest.skip("its trace functions are not called for each step")
+
+    but_in = frozenset({"__del__", "arrive", "end"})
+
+    def strike() -> None:
+        raise TimeoutError
+
+    def attempt(step: int) -> int:
+        stream = stream_of(what, case)
+        found: list[int] = []
+        striker = Striker(step, strike, but_in, OF_STREAMS, by_signals=True)
+        with striker, contextlib.suppress(TimeoutError):
+            while (value := next(stream, None)) is not None:
+                found.append(value)
+        found += stream
+        assert len(set(found)) == len(found), (step, found)
+        if what != "map, as completed":
+            assert found == sorted(found), (step, found)
+            assert max(found, default=0) <= 2 * len(found), (step, found)
+        return striker.count
+
+    steps = max(attempt(-1) for _ in range(3))
+    for step in range(1, steps + 1):
+        attempt(step)
 
 
 def test_counts(case: Case) -> None:

@@ -807,24 +807,16 @@ def test_a_consumer_that_is_cancelled_loses_nothing(kind: str) -> None:
 
 
 @both
-def test_a_consumer_that_comes_late_to_a_batch_finds_nothing_newer_in_it(kind: str) -> None:
-    """It looks without the lock: an emptied batch must not be filled again under its hands."""
-
+def test_each_of_several_consumers_has_its_values_in_order(kind: str) -> None:
     def body() -> Iterator[int]:
         yield from range(1000)
 
-    stream = marked(body, kind)()
-    channel = stream._channel
-    assert next(stream) == 0
-    batches = [channel.taken]
-    for _ in range(5):
-        while channel.taken is batches[-1]:
-            next(stream)
-        batches.append(channel.taken)
-        wait_until(lambda: channel.resting or channel.ended.done())
-        for batch in batches[:-1]:
-            assert not batch
-            assert batch is not channel.made
+    stream = marked(body, kind, read_ahead=8)()
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        found = [*threads.map(list, [stream] * 3)]
+    for values in found:
+        assert values == sorted(values)
+    assert sorted(value for values in found for value in values) == list(range(1000))
 
 
 def test_a_consumer_that_leaves_when_it_was_woken_wakes_another_one() -> None:
