@@ -23,8 +23,8 @@ from collections.abc import Callable, Coroutine, Iterator, MutableSequence
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from types import CoroutineType, FrameType, FunctionType, GeneratorType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -1061,6 +1061,37 @@ class ToldEvent:
         return self._is_set
 
 
+# A cancel scope of anyio cancels a task again in each turn of its loop, until the task has left it.
+# It says so in these words, by which anyio itself tells its cancels from others. What such a task
+# awaits is cancelled only once by each scope: it is not inside of the scope, so it could not shield
+# its cleaning up from the next cancel, and httpx would never give a connection back to its pool. No
+# other scope can have the same name meanwhile: an await that passes a cancel on ends with what it
+# has cancelled, and the scope is around it.
+_OF_A_SCOPE = ("Cancelled via cancel scope ", "Cancelled by cancel scope ")
+# What tasks have heard from scopes. Each entry is its task's loop's own.
+_heard: WeakKeyDictionary[asyncio.Future[Any], set[str]] = WeakKeyDictionary()
+
+
+def is_of_a_scope(message: object) -> TypeGuard[str]:
+    return isinstance(message, str) and message.startswith(_OF_A_SCOPE)
+
+
+def has_heard(task: asyncio.Future[Any], message: str) -> bool:
+    """In its loop: whether it has been told by that scope before; it has from now on."""
+    heard = _heard.setdefault(task, set())
+    before = message in heard
+    heard.add(message)
+    return before
+
+
+def note_scope_of(failure: BaseException | None) -> None:
+    """In a task: it learns by this failure of a scope that has cancelled somebody else."""
+    if isinstance(failure, asyncio.CancelledError) and failure.args:
+        task = asyncio.current_task()
+        if task is not None and is_of_a_scope(failure.args[0]):
+            has_heard(task, failure.args[0])
+
+
 class CancelRequest:
     """One call of `cancel()`: the message, and whether what it asks to end has heard of it.
 
@@ -1089,9 +1120,16 @@ class CancelRequest:
         # What callbacks raised that goes on to who called `cancel()`.
         self.raised: BaseException | None = None
 
+    def repeats(self, former: CancelRequest | None) -> bool:
+        """Whether the same cancel scope has asked for the same thing before."""
+        return former is not None and former.message == self.message and is_of_a_scope(self.message)
+
     def __call__(self, future: asyncio.Future[Any]) -> None:
         """In the thread that `future` belongs to."""
-        self.heard = future.cancel(self.message)
+        if is_of_a_scope(self.message) and has_heard(future, self.message):
+            self.heard = not future.done()
+        else:
+            self.heard = future.cancel(self.message)
         if not self.heard and future.done():
             # Who asked may be told of the end later, by callbacks that are on their way.
             future.get_loop().call_soon(self.came_too_late)

@@ -1714,6 +1714,8 @@ cdef class _Park(_Item):
 
     def cancel(self, msg=None):
         request = CancelRequest(msg)
+        if request.repeats(self.request):
+            return True
         answer = self.unfuture._request_cancel(request)
         if request.awaited:
             self.request = request

@@ -1228,6 +1228,8 @@ class _Park(_Waiter):
 
     def cancel(self, msg: object = None) -> bool:
         request = CancelRequest(msg)
+        if request.repeats(self._request):
+            return True
         answer = self._unfuture._request_cancel(request)
         if request.awaited:
             self._request = request

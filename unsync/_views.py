@@ -52,6 +52,8 @@ class _AsyncioView(asyncio.Future[T]):
 
     def cancel(self, msg: Any | None = None) -> bool:
         request = CancelRequest(msg)
+        if request.repeats(self._request):
+            return True
         answer = self._unfuture._request_cancel(request)
         if request.awaited:
             self._request = request

@@ -76,6 +76,7 @@ class _Host(Generic[T]):
             else:
                 failure = interruption = asyncio.CancelledError()  # nobody waits for it any more
             del value
+            _common.note_scope_of(failure)  # which goes on cancelling who waits for the end of this
             if self.body_was_cancelled:
                 await _count_as_cancelled()
             if interruption is not None and (_is_no_failure(failure) or self.cancelled_late):
@@ -116,12 +117,14 @@ class _Host(Generic[T]):
                     # do so.
                     _set(self.left.set_result, cancelled)
 
-    def abort(self) -> None:
-        """Who wanted to enter goes away."""
+    def abort(self, cancelled: asyncio.CancelledError | None = None) -> None:
+        """Who wanted to enter goes away, if by a cancel then by that one."""
+        if cancelled is None:
+            cancelled = asyncio.CancelledError()
         if self.entered.cancel():
-            self.ended.cancel()
+            self.ended.cancel(*cancelled.args[:1])
         else:
-            _set(self.left.set_result, asyncio.CancelledError())
+            _set(self.left.set_result, cancelled)
 
 
 @final
@@ -290,9 +293,9 @@ class AmbientContextManager(Generic[T]):
         host = self._begin(_HostOfTask)
         try:
             return await host.entered
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as cancelled:
             self._take()
-            host.abort()
+            host.abort(cancelled)
             with contextlib.suppress(asyncio.CancelledError):
                 await host.ended
             raise

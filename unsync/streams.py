@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 # So many values wait for the consumer at most, unless `read_ahead` says otherwise.
 READ_AHEAD = 64
+# A loop whose consumer finds values all the time has a turn for others after so many seconds, when
+# what was read ahead has been taken.
+TURN_SECONDS = 0.005
 
 
 class _Turn:
@@ -58,6 +61,8 @@ class Channel(Generic[T]):
         self.refused: deque[None] = deque()
         # Consumers that wait until there is something.
         self.waiters: deque[Unfuture[None]] = deque()
+        # Since when consumers have kept the loop of each thread; that thread's own.
+        self.kept: dict[int, float] = {}
 
     def find(self) -> bool | None:
         """Whether there is something to take, which it puts there; None if nobody knows yet.
@@ -125,6 +130,19 @@ class Channel(Generic[T]):
             self.refused.append(None)
             if self.turns:
                 return None
+
+    def keeps_loop(self) -> bool:
+        """For a consumer in a loop that need not wait: whether others are to have a turn.
+
+        Where the producer keeps up, which has a thread of its own, the loop would come to nothing
+        else until the end of the stream: no timeout would strike, and no other request be served.
+        After each refill it would be a fifth of what a value takes; by the clock it is nothing.
+        """
+        now, thread = _common.monotonic(), threading.get_ident()
+        if now - self.kept.setdefault(thread, now) < TURN_SECONDS:
+            return False
+        self.kept[thread] = now
+        return True
 
     def has_more(self) -> bool:
         """In a thread: waits until that is known; others may take it first.
@@ -568,12 +586,16 @@ class Stream(Generic[T]):
             found = channel.refill()
             if found is False:
                 raise StopAsyncIteration
-            if isinstance(found, Unfuture):
-                try:
-                    await found
-                except BaseException:
-                    channel.leave(found)
-                    raise
+            if found is True:
+                if channel.keeps_loop():
+                    await asyncio.sleep(0)
+                continue
+            try:
+                await found
+            except BaseException:
+                channel.leave(found)
+                raise
+            channel.kept[threading.get_ident()] = _common.monotonic()
 
     def close(self) -> None:
         """Closes the generator, and waits until its `finally` blocks have run, in a thread.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
+import queue
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -899,3 +901,149 @@ def test_setting_and_cancelling_at_once_ends_in_one_of_the_two(in_thread: Any) -
     for unfuture, by_setting, by_cancelling in zip(unfutures, was_set, was_cancelled, strict=True):
         assert by_setting != by_cancelling
         assert unfuture.cancelled() == by_cancelling
+
+
+# A cancel scope of anyio cancels a task in each turn of its loop until the task has left it.
+
+
+class Cleaning:
+    """What needs some turns of its loop to clean up, which a second cancel would end."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.cleaned_up = False
+
+    async def run(self) -> None:
+        self.began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.clean_up()
+
+    @contextlib.asynccontextmanager
+    async def manage(self) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await self.clean_up()
+
+    async def clean_up(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        self.cleaned_up = True
+
+
+@unsync
+def waits(event: threading.Event) -> bool:
+    return event.wait(PATIENCE)
+
+
+@unsync
+def next_of(numbers: queue.SimpleQueue[int]) -> int:
+    return numbers.get(timeout=PATIENCE)
+
+
+async def cancel_again_and_again(task: asyncio.Task[Any], words: str) -> None:
+    await asyncio.sleep(0)  # in which it makes its first step, if it has not
+    while not task.done():
+        task.cancel(f"{words} cancel scope 7f3a5c0")
+        await asyncio.sleep(0)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def await_it(unfuture: Unfuture[None]) -> None:
+    await unfuture
+
+
+async def await_view(unfuture: Unfuture[None]) -> None:
+    await unfuture.future
+
+
+async def await_gathered(unfuture: Unfuture[None]) -> None:
+    await asyncio.gather(unfuture)
+
+
+@pytest.mark.parametrize("where", ["ambient", "foreign"])
+@pytest.mark.parametrize("words", ["Cancelled via", "Cancelled by"])
+@pytest.mark.parametrize("way", [await_it, await_view, await_gathered])
+def test_a_scope_cancels_what_is_awaited_once(
+    where: str, words: str, way: Callable[[Unfuture[None]], Coroutine[Any, Any, None]]
+) -> None:
+    work = Cleaning()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(way(unsync(work.run)()))
+        assert await waits(work.began)
+        await cancel_again_and_again(task, words)
+        assert task.cancelled()
+        assert work.cleaned_up
+
+    run(main(), where)
+
+
+def test_a_scope_that_cancels_a_body_lets_the_manager_clean_up() -> None:
+    work = Cleaning()
+    inside = threading.Event()
+
+    async def body() -> None:
+        async with unsync(work.manage)():
+            inside.set()
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(body())
+        assert await waits(inside)
+        await cancel_again_and_again(task, "Cancelled via")
+        assert task.cancelled()
+        assert work.cleaned_up
+
+    asyncio.run(main())
+
+
+def test_a_scope_that_cancels_the_entering_lets_it_clean_up() -> None:
+    work = Cleaning()
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def manager() -> AsyncIterator[None]:
+        await work.run()
+        yield
+
+    async def enter() -> None:
+        async with manager():
+            pytest.fail("it is not entered")
+
+    async def main() -> None:
+        task = asyncio.ensure_future(enter())
+        assert await waits(work.began)
+        await cancel_again_and_again(task, "Cancelled via")
+        assert task.cancelled()
+        assert work.cleaned_up
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("message", [None, "no scope"])
+def test_other_cancels_are_passed_on_each_time(message: str | None) -> None:
+    """As in asyncio."""
+    begun, heard = threading.Event(), queue.SimpleQueue[int]()
+
+    @unsync
+    async def stubborn() -> None:
+        begun.set()
+        for number in range(3):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            heard.put(number)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(await_it(stubborn()))
+        assert await waits(begun)
+        await asyncio.sleep(0)
+        for number in range(3):
+            task.cancel(message)
+            assert await next_of(heard) == number
+        await task
+
+    asyncio.run(main())

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support.waiting import PATIENCE, collect, wait_until
 
-from unsync import Stream, Unfuture, unsync
+from unsync import Stream, Unfuture, streams, unsync
 
 variable: ContextVar[str] = ContextVar("variable", default="unset")
 
@@ -817,6 +817,43 @@ def test_each_of_several_consumers_has_its_values_in_order(kind: str) -> None:
     for values in found:
         assert values == sorted(values)
     assert sorted(value for values in found for value in values) == list(range(1000))
+
+
+class Full(streams.Channel[int]):
+    """There is always something, as where the producer's thread keeps up."""
+
+    def find(self) -> bool:
+        self.taken.extend(range(4))
+        return True
+
+    def go_on(self) -> None:
+        pass
+
+    def close(self) -> Unfuture[None]:
+        return Unfuture.from_value(None)
+
+
+def test_a_loop_has_turns_while_its_consumer_need_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "TURN_SECONDS", 0.0)
+    turns: list[int] = []
+
+    async def others() -> None:
+        while True:
+            turns.append(len(found))
+            await asyncio.sleep(0)
+
+    found: list[int] = []
+
+    async def main() -> None:
+        task = asyncio.ensure_future(others())
+        async for value in Stream(Full()):
+            found.append(value)
+            if len(found) == 40:
+                break
+        task.cancel()
+
+    asyncio.run(main())
+    assert turns == list(range(0, 40, 4))
 
 
 def test_a_consumer_that_leaves_when_it_was_woken_wakes_another_one() -> None:

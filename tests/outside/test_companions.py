@@ -636,3 +636,43 @@ def test_timeouts_are_in_real_time_though_a_test_has_frozen_it(
     """
     done = run_python(program)
     assert (done.stdout, done.stderr) == ("1 2 3\ntimeout\ntimeout\nFalse\n2\nTrue\n", "")
+
+
+# anyio's cancel scopes, which Starlette and httpx are made of.
+
+
+def test_what_a_scope_cancels_may_shield_its_cleaning_up() -> None:
+    anyio = pytest.importorskip("anyio")
+    cleaned_up: list[str] = []
+
+    async def clean_up(name: str) -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.01)
+            cleaned_up.append(name)
+
+    @unsync
+    async def coroutine() -> None:
+        try:
+            await anyio.sleep(PATIENCE)
+        finally:
+            await clean_up("coroutine")
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def manager() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await clean_up("manager")
+
+    async def main() -> None:
+        with anyio.move_on_after(0.01) as scope:
+            await coroutine()
+        assert scope.cancelled_caught
+        with anyio.move_on_after(0.01) as scope:
+            async with manager():
+                await anyio.sleep(PATIENCE)
+        assert scope.cancelled_caught
+        assert cleaned_up == ["coroutine", "manager"]
+
+    anyio.run(main)
