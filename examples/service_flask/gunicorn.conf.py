@@ -6,7 +6,7 @@ from unsync import unsync
 
 worker_class = "gthread"
 threads = 16
-graceful_timeout = 30  # seconds that requests in flight have after SIGTERM
+graceful_timeout = 30  # seconds from SIGTERM to SIGKILL: requests of up to 10, then 10 + 5 + 3
 
 
 def post_worker_init(worker: object) -> None:
@@ -17,5 +17,5 @@ def post_worker_init(worker: object) -> None:
 def worker_exit(server: object, worker: object) -> None:
     """In the worker, after its last request."""
     unsync.drain(10)  # what requests have called, and did not wait for
-    service.stop().result(10)
-    unsync.shutdown(10)
+    service.stop().result(5)
+    unsync.shutdown(3)

@@ -960,6 +960,39 @@ def test_a_failed_child_of_an_async_body_is_told_while_it_rests() -> None:
     assert [type(each) for each in failures.exceptions] == [Boom]
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("rests_at", ["yield", "await"])
+def test_a_task_group_in_a_body_that_is_left_early(rests_at: str, guarded: bool) -> None:
+    """As in an unmarked generator, but for a body that waits; the guide says so."""
+    rests = threading.Event()
+
+    @unsync(read_ahead=1)
+    async def body() -> AsyncIterator[int]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.sleep(PATIENCE))
+                yield 0
+                rests.set()
+                if rests_at == "await":
+                    await asyncio.sleep(PATIENCE)
+                yield 1
+        except* GeneratorExit:
+            if not guarded:
+                raise
+
+    stream = body()
+    assert next(stream) == 0
+    assert rests.wait(PATIENCE)
+    if rests_at == "yield":
+        wait_until(lambda: stream._channel.resting)
+    if rests_at == "yield" and not guarded:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            stream.close()
+        assert [type(each) for each in caught.value.exceptions] == [GeneratorExit]
+    else:
+        stream.close()
+
+
 @pytest.mark.parametrize("ends_by", ["value", "return", "failure", "cancel"])
 def test_a_body_that_is_cancelled_while_it_rests_decides(ends_by: str) -> None:
     tasks: queue.SimpleQueue[asyncio.Task[Any]] = queue.SimpleQueue()

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.databases import free_port
 from support.needs import skip_without
-from support.waiting import PATIENCE
+from support.servers import accepts
+from support.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -22,6 +24,7 @@ SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The marks of blocks that are not run as programs by themselves, but by a test of their own.
 HAS_ITS_TEST = (
     "# batch.py\n",
+    "# outbox.py\n",
     "# service.py\n",
     "# test_",
     "# bench/service/pipeline_unsync.py\n",
@@ -188,6 +191,39 @@ def test_the_guide_s_batch_ends_quickly_by_ctrl_c(tmp_path: Path) -> None:
             batch.kill()
     assert (batch.returncode, stdout) == (130, "")
     assert stderr == "unsync: the exit lost 999 calls of convert()\n"
+
+
+@once
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_flask_s_own_server_waits_for_what_requests_have_begun(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    skip_without("flask")
+    port = free_port()
+    code = program_of("how-to/flask.md", "outbox.py")
+    code = patient(code.replace("port=8000", f"port={port}"))
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    (tmp_path / "outbox.py").write_text(heeds + code)
+    with subprocess.Popen(
+        [sys.executable, "outbox.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as outbox:
+        try:
+            wait_until(lambda: accepts(f"http://127.0.0.1:{port}"), "the server's start")
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection.request("POST", "/messages/1")
+            assert connection.getresponse().status == 202
+            connection.close()
+            outbox.send_signal(number)
+            stdout, _ = outbox.communicate(timeout=PATIENCE)
+        finally:
+            outbox.kill()
+    assert outbox.returncode == 0
+    assert stdout.splitlines()[-1] == "sent 1"  # after what Flask says at its start
 
 
 @once

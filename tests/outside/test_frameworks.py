@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 import types
 import unittest
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -144,6 +145,107 @@ def test_a_fastapi_dependency_that_is_a_method() -> None:
         return [loop, isinstance(thread, Unfuture), await thread]
 
     assert get(app).json() == [False, True, False]
+
+
+def test_a_stream_that_a_fastapi_handler_returns_is_taken_for_a_dict() -> None:
+    """The page on FastAPI says so: only where each value has two items nobody is told."""
+    app = pytest.importorskip("fastapi").FastAPI()
+
+    @unsync
+    async def rows(length: int) -> AsyncIterator[str]:
+        yield "abc"[:length]
+
+    @app.get("/")
+    async def give(length: int):  # type: ignore[no-untyped-def]
+        return rows(length)
+
+    @app.get("/list")
+    async def give_list(length: int) -> list[str]:
+        return rows(length)  # type: ignore[return-value]
+
+    assert get(app, "/?length=2").json() == {"a": "b"}
+    assert get(app, "/list?length=2").json() == ["ab"]
+    with pytest.raises(ValueError, match="dictionary"):
+        get(app, "/?length=3")
+
+
+@pytest.mark.parametrize("below_middleware", [False, True])
+def test_a_middleware_hides_from_a_fastapi_handler_that_its_client_hangs_up(
+    below_middleware: bool,
+) -> None:
+    """The page on FastAPI says so."""
+    fastapi = pytest.importorskip("fastapi")
+    app = fastapi.FastAPI()
+    seen: list[bool] = []
+
+    async def give(request: Any) -> None:
+        for _ in range(3):
+            seen.append(await request.is_disconnected())
+            await asyncio.sleep(0)
+
+    give.__annotations__["request"] = fastapi.Request
+    app.get("/")(give)
+
+    async def pass_on(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    if below_middleware:
+        app.middleware("http")(pass_on)
+    messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "query_string": b"",
+        "headers": [],
+    }
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), PATIENCE))
+    assert seen[-1] is not below_middleware
+
+
+@not_in_processes
+def test_anyio_starts_no_marked_function_soon(kind: str) -> None:
+    """docs/compatibility.md says so, and how it is done."""
+    anyio = pytest.importorskip("anyio")
+    called = threading.Event()
+
+    if kind == "thread":
+
+        @unsync
+        def call() -> None:
+            called.set()
+
+    else:
+
+        @unsync
+        async def call() -> None:
+            called.set()
+
+    async def wait(f: Any, *args: Any) -> Any:
+        return await f(*args)
+
+    async def main() -> None:
+        with pytest.raises(ExceptionGroup) as caught:
+            async with anyio.create_task_group() as group:
+                group.start_soon(call)
+        (problem,) = caught.value.exceptions
+        assert isinstance(problem, TypeError)
+        assert "to return a coroutine" in str(problem)
+        await asyncio.to_thread(called.wait, PATIENCE)
+        assert called.is_set()
+        called.clear()
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait, call)
+        assert called.is_set()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
 @all_kinds
