@@ -217,16 +217,31 @@ def ambient_mailbox() -> Mailbox | None:
 
 def _drain(timeout: float | None) -> bool:
     until = _until(timeout)
-    _ambient.check_not_inside("drain")
+    _check_may_drain("drain", timeout)
+    return _drain_until(until)
+
+
+def _check_may_drain(name: str, timeout: float | None, option: str = "") -> None:
+    """Of this thread, which is going to wait for everything.
+
+    :param name: of the function that was called, with that timeout.
+    :param option: what else it was given, as a call shows it after the timeout.
+    :raises RuntimeError: if it must not: it would wait for itself, or keep a loop from its work.
+    """
+    _ambient.check_not_inside(name)
     if executors.in_thread_of_a_pool():
         raise RuntimeError(
-            "unsync.drain() cannot be called in a thread of a pool: it would wait for itself"
+            f"unsync.{name}() cannot be called in a thread of a pool: it would wait for itself"
         )
     if _common.running_loop() is not None:
+        given = "" if timeout is None else f", {timeout!r}"
         raise RuntimeError(
-            "unsync.drain() would block the event loop that runs here; there it is "
-            f"`await asyncio.to_thread(unsync.drain, {timeout!r})`"
+            f"unsync.{name}() would block the event loop that runs here; there it is "
+            f"`await asyncio.to_thread(unsync.{name}{given}{option})`"
         )
+
+
+def _drain_until(until: float | None) -> bool:
     with package._drain.Drain(_ambient.mailbox) as drain:
         return drain.wait(until)
 
@@ -237,12 +252,14 @@ _CLEAN_UP_SECONDS = 1.0
 
 def _shutdown(timeout: float | None, drain: bool) -> bool:
     until = _until(timeout)
-    _ambient.check_not_inside("shutdown")
     drained = True
     if drain:
-        drained = _drain(_common.seconds_left(until))
+        _check_may_drain("shutdown", timeout, ", drain=True")
+        drained = _drain_until(until)
         if until is not None:
             until = max(until, monotonic() + _CLEAN_UP_SECONDS)
+    else:
+        _ambient.check_not_inside("shutdown")
     patience = _common.seconds_left(until)
     if executors.in_thread_of_a_pool():
         patience = 0.0  # another shutdown would wait for this thread
@@ -588,7 +605,8 @@ class _Settings(type):
             have a second then to clean up, if that is more than what is left.
         :returns: whether everything that it ends ended in time.
         :raises RuntimeError: in `unsync.thread`, which cannot wait for its own end; with `drain` as
-            `unsync.drain()` does.
+            `unsync.drain()` does: where an event loop runs it is
+            `await asyncio.to_thread(unsync.shutdown, timeout, drain=True)`.
         :raises ValueError: if `timeout` is nan.
         """
         return _shutdown(timeout, drain)
