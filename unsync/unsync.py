@@ -464,8 +464,8 @@ class _Settings(type):
     def thread_executor(cls) -> concurrent.futures.Executor:
         """Runs the regular functions: a `ThreadExecutor` made on first use, or any `Executor`.
 
-        It can also be set to a callable that gives one, which is called at first use. Setting it
-        to None brings back the default.
+        It can also be set to a callable that gives one, which is called at first use, and again
+        when what it gave was shut down. Setting it to None brings back the default.
 
         :raises TypeError: when set to what is no `Executor` and not callable; when the callable
             gives something else.
@@ -484,8 +484,8 @@ class _Settings(type):
     def process_executor(cls) -> concurrent.futures.Executor:
         """Runs the `cpu_bound` functions: a `ProcessPoolExecutor` made on first use, or any other.
 
-        It can also be set to a callable that gives one, which is called at first use. Setting it
-        to None brings back the default.
+        It can also be set to a callable that gives one, which is called at first use, and again
+        when what it gave was shut down. Setting it to None brings back the default.
 
         :raises TypeError: when set to what is no `Executor` and not callable; when the callable
             gives something else.
@@ -631,7 +631,7 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     :param func: the function to mark; left out in the forms with parentheses.
     :param cpu_bound: run it in a process.
     :param executor: run it there instead: any `concurrent.futures.Executor`, or a callable that
-        gives one at the first call.
+        gives one at the first call, and another one after that was shut down.
     :param read_ahead: how many values of a generator function are made, at most, before somebody
         asks for them; 64 if left away.
     :raises TypeError: if `func` is not callable; if a coroutine function is to run in an executor,
