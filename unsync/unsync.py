@@ -628,6 +628,9 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     functions, methods, static- and classmethods (or below those two), builtins,
     `functools.partial` and other callable objects.
 
+    A function that is marked already is marked anew, with the options that are given now; if none
+    are, with those that it has.
+
     :param func: the function to mark; left out in the forms with parentheses.
     :param cpu_bound: run it in a process.
     :param executor: run it there instead: any `concurrent.futures.Executor`, or a callable that
@@ -665,6 +668,14 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                 stacklevel=2,
             )
         function, binding = _unbind(func)
+        wrapped = function
+        inner: _Marked[..., Any] | None = None  # whose options are taken
+        if isinstance(wrapped, _Marked) and type(wrapped).__call__ is Launcher.__call__:
+            # What that gives would be an Unfuture within an Unfuture.
+            func, function, binding = _below(wrapped, binding)
+            if not cpu_bound and executor is None and read_ahead is None:
+                inner = wrapped
+                _, cpu_bound, executor, read_ahead = inner._marking
         if not callable(function):
             raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
         if isinstance(function, type) and function.__flags__ & _PY_TPFLAGS_HEAPTYPE:
@@ -673,13 +684,18 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                 "another thread, and its methods stay as they are; mark those, or a function that "
                 "makes one"
             )
-        engine = None if executor is None else _engine("the option 'executor'", executor)
+        engine = None
+        if executor is not None and inner is None:
+            engine = _engine("the option 'executor'", executor)
         elsewhere = "cpu_bound=True" if cpu_bound else "executor=" if executor is not None else ""
         if read_ahead is not None:
             _check_read_ahead(read_ahead)
         gives = "Stream"
         route: Route | None
-        if _is_kind(inspect.isasyncgenfunction, function):
+        if inner is not None:
+            # The same, so that a callable which gives the executor is asked once for both.
+            gives, route = inner._gives, inner._goes_to
+        elif _is_kind(inspect.isasyncgenfunction, function):
             if elsewhere:
                 raise _no_way("async generator function", function, elsewhere, "async generators")
             streams = package.streams
@@ -717,9 +733,13 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         super().__init__(function, route, binding)
         attributes = _Attributes()
         object.__setattr__(self, "__dict__", attributes)
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, wrapped)
+        self.__wrapped__ = function
+        self._marking: tuple[Any, bool, Engine | None, int | None]
         self._marking = func, cpu_bound, executor, read_ahead
-        # For fan-out; after what the function may have brought of another one.
+        # After what the function may have brought of another one.
+        self._gives: str
+        self._goes_to: Route | None
         self._gives, self._goes_to = gives, route
         if gives == "Unfuture" and route is None:
             _mark_as_awaited(self)
@@ -939,6 +959,22 @@ def _unbind(func: Any) -> tuple[Any, int]:
     if isinstance(func, classmethod):
         return func.__func__, BIND_CLASS
     return func, BIND_INSTANCE
+
+
+def _below(marked: _Marked[..., Any], binding: int) -> tuple[Any, Any, int]:
+    """What it marks, as it was given and as a function, and what the first argument will be.
+
+    :param binding: of what is marked now, if that is a static- or classmethod around `marked`.
+    """
+    func: Any = marked._marking[0]
+    function, own = _unbind(func)
+    if binding == BIND_NOTHING:
+        func = staticmethod(function)
+    elif binding == BIND_CLASS:
+        func = classmethod(function)
+    else:
+        binding = own
+    return func, function, binding
 
 
 def _name_of(function: Callable[..., Any]) -> str:

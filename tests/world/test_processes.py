@@ -54,6 +54,15 @@ def where() -> int:
     return os.getpid()
 
 
+in_a_thread_first = unsync(unsync(plain), cpu_bound=True)
+
+
+@unsync(cpu_bound=True)
+@unsync
+def marked_again(x: int) -> int:
+    return x * x
+
+
 class OddError(Exception):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, number)
@@ -1084,6 +1093,14 @@ def test_an_executor_that_forks_can_be_assigned(run_python: Run) -> None:
     """
     done = run_python(program, *NO_FORK_WARNING)
     assert (done.stdout, done.stderr) == ("set at run time\n", "")
+
+
+def test_functions_that_are_marked_anew_for_a_process(
+    pool: concurrent.futures.ProcessPoolExecutor,
+) -> None:
+    result, pid = in_a_thread_first(3).result(PATIENCE)
+    assert (result, pid == os.getpid()) == (9, False)
+    assert marked_again(3).result(PATIENCE) == 9
 
 
 # What no longer works where Python itself would fork.
