@@ -926,7 +926,8 @@ def _make_process_pool() -> concurrent.futures.ProcessPoolExecutor:
     )
 
 
-# What the first failure is told in a process that fork might have given what it lacks.
+# What the first failure that may come of it is told in a process that fork might have given what it
+# lacks: see `_travel._may_lack_state`.
 _BEGAN_ANEW = (
     "unsync's own process pool never forks, even where Python does. Each process imports the main "
     "program and its modules anew: what the program sets when it runs, below its guard "
