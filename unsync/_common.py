@@ -618,14 +618,32 @@ def report_unseen_failure(
     if loop is not None:
         try:
             if running_loop() is loop:
-                loop.call_exception_handler(context)
+                _report_in(loop, context)
             else:
-                loop.call_soon_threadsafe(loop.call_exception_handler, context)
+                loop.call_soon_threadsafe(_report_in, loop, context)
         except RuntimeError:
             pass  # the loop was closed: the log is left
         else:
             return
     log_unseen_failure(unfuture, exc)
+
+
+def _report_in(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """In the loop's thread.
+
+    In debug mode asyncio adds where the callback that runs was made. Here that says nothing of the
+    call: it is where the Unfuture happened to be dropped, or where the ambient loop was started.
+    """
+    handle = getattr(loop, "_current_handle", None)  # asyncio's own loops have it in debug mode
+    made_at = getattr(handle, "_source_traceback", None)
+    if handle is None or made_at is None:
+        loop.call_exception_handler(context)
+        return
+    handle._source_traceback = None
+    try:
+        loop.call_exception_handler(context)
+    finally:
+        handle._source_traceback = made_at
 
 
 def log_unseen_failure(unfuture: Unfuture[Any], exc: BaseException) -> None:

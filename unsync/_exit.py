@@ -190,8 +190,9 @@ _LINES = 5
 
 def report_failures() -> None:
     """By function and kind of exception, while there is an interpreter that can do so."""
-    uncaught = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-    known = {*map(id, _related(uncaught))}
+    told = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    known = {*map(id, _related(told))}
+    was_ended = told is not None and not _is_interactive()
     kinds: dict[tuple[str, type], list[tuple[Unfuture[Any], BaseException]]] = {}
     for unfuture in all_unfutures():
         failure = take_unseen(unfuture)
@@ -201,7 +202,7 @@ def report_failures() -> None:
             kinds.setdefault(kind, []).append((unfuture, failure))
     # In an order that is the same each time: the collector's is not.
     found = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0][0]))
-    shown = [] if uncaught is not None else found[:_KINDS]
+    shown = [] if was_ended else found[:_KINDS]
     for (name, _), failures in shown:
         for unfuture, failure in failures[:_SHOWN]:
             log_unseen_failure(unfuture, failure)
@@ -213,6 +214,14 @@ def report_failures() -> None:
         _log_failures(name, failures, "nobody looked at it: {} {} of {}() failed with {}")
     if others := [failure for _, failures in rest[lines:] for failure in failures]:
         logger.error("and %d more calls of other functions failed", len(others))
+
+
+def _is_interactive() -> bool:
+    """Whether somebody types in the program, whom an exception that was shown has not ended.
+
+    Prompts set `ps1`, those of Python, IPython and Jupyter.
+    """
+    return bool(sys.flags.interactive) or hasattr(sys, "ps1")
 
 
 def all_unfutures() -> list[Unfuture[Any]]:

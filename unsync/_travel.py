@@ -12,13 +12,14 @@ from __future__ import annotations
 import importlib
 import io
 import itertools
+import opcode
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from functools import cache, partial
-from types import CodeType, CoroutineType, FrameType, FunctionType
+from types import BuiltinFunctionType, CodeType, CoroutineType, FrameType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 from unsync._backend import Unfuture
@@ -381,7 +382,8 @@ def run(name: str, parcel: bytes) -> object:
     except Exception as exc:
         why = f"the arguments of {name} cannot be unpickled in process {os.getpid()}: {exc}"
         error = _told(pickle.UnpicklingError(why), exc)
-        _add_note(error)
+        if isinstance(exc, (AttributeError, ImportError, NameError)):
+            _add_note(error)
     else:
         try:
             result = call(function, *args, **kwargs)
@@ -414,14 +416,15 @@ def run(name: str, parcel: bytes) -> object:
     raise error
 
 
-# What the next failure in this process is told, as a note; None for nothing.
+# What the next failure in this process is told that may come of what this process lacks, as a note;
+# None for nothing.
 _note: str | None = None
 
 
 def set_up_process(note: str | None) -> None:
     """In a worker process of our own pool, before its first call.
 
-    :param note: what the first failure there is told.
+    :param note: what the first failure there is told that may come of what the process lacks.
     """
     import signal
 
@@ -452,6 +455,52 @@ def _add_note(failure: BaseException) -> None:
     if note is not None:
         with suppress(Exception):
             failure.add_note(note)
+
+
+def _may_lack_state(failure: BaseException) -> bool:
+    """Whether it may come of what the program sets when it runs, which is not in this process.
+
+    A global or a module that is not there, or a global which is still as it was imported: None, or
+    empty. What a `raise` raises is what the function has to say, and not looked at.
+    """
+    traceback = failure.__traceback__
+    text = failure.args[0] if failure.args else None
+    if traceback is None or (type(text) is str and "Unfuture" in text):
+        return False  # that comes of `then`: see `hint_at_map`
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    frame = traceback.tb_frame
+    # Of these two some are raised by a `raise` of Python's own, or by a module's `__getattr__`.
+    if isinstance(failure, ImportError) and "importlib" in str(frame.f_globals.get("__name__")):
+        return True
+    if isinstance(failure, AttributeError) and isinstance(failure.obj, ModuleType):
+        return True
+    if frame.f_code.co_code[traceback.tb_lasti] == opcode.opmap["RAISE_VARARGS"]:
+        return False
+    if isinstance(failure, (ImportError, NameError)):
+        return not isinstance(failure, UnboundLocalError)
+    if isinstance(failure, AttributeError):
+        return _looks_at_globals(frame)
+    if type(failure) is TypeError:
+        return type(text) is str and "NoneType" in text and _looks_at_globals(frame)
+    return type(failure) in (KeyError, IndexError) and _looks_at_globals(frame)
+
+
+def _looks_at_globals(frame: FrameType) -> bool:
+    """Whether its code names a global that is neither function, class nor module.
+
+    In its own module, or as what it names in a class or module.
+    """
+    names = frame.f_code.co_names
+    there = [frame.f_globals.get(name) for name in names if name in frame.f_globals]
+    spaces = [vars(thing) for thing in there if isinstance(thing, (ModuleType, type))]
+    there += [space[name] for space in spaces for name in names if name in space]
+    return any(
+        not isinstance(thing, (BuiltinFunctionType, FunctionType, ModuleType, type))
+        and not hasattr(type(thing), "__get__")  # methods and the like
+        and not hasattr(thing, "__wrapped__")
+        for thing in there
+    )
 
 
 def _told(error: Exception, cause: BaseException) -> Exception:
@@ -504,7 +553,9 @@ def pack_failure(name: str, failure: BaseException) -> bytes | Exception:
     """What a call raised, pickled; or what to raise in its place, if it cannot travel back."""
     import pickle
 
-    _add_note(failure)
+    with suppress(Exception):  # a failure may be anything
+        if _note is not None and _may_lack_state(failure):
+            _add_note(failure)
     try:
         return dumps_failure(failure)
     except Exception as why:

@@ -12,7 +12,7 @@ import concurrent.futures
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from contextlib import _AsyncGeneratorContextManager
-from typing import Any, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from unsync._ambient import LoopFactory
 from unsync._core_py import Launcher, Unfuture
@@ -27,11 +27,30 @@ C = TypeVar("C")
 
 
 class _Nothing:
-    """Nobody returns it: only a function that returns `Any` matches it.
+    """Nobody returns it: only a function that returns `Any` matches it, and in mypy some others.
 
     Without this such a function would match what is tried first. That what is given then is of
     another type keeps mypy from mixing all that it could be into an untyped callable.
     """
+
+
+# mypy takes this name for true, whatever is assigned to it, and no other checker does.
+MYPY: Literal[False] = False
+
+if MYPY:
+
+    class _GivesAnything(Launcher[..., Any], Generic[P]):
+        """A marked function of which it is not known what it returns.
+
+        To mypy that is also a regular function that returns a type variable without a bound: it
+        takes the variable for `_Nothing`, in the parameters as well, where that is wrong for every
+        argument. So arguments are not looked at.
+        """
+
+else:
+
+    class _GivesAnything(Launcher[P, Any], Generic[P]):
+        """A marked function of which it is not known what it returns."""
 
 
 class Mark(Protocol):
@@ -41,13 +60,20 @@ class Mark(Protocol):
     """
 
     @overload
-    def __call__(self, func: Callable[P, _Nothing], /) -> Launcher[P, Any]: ...  # type: ignore[overload-overlap]
+    def __call__(
+        self,
+        func: Callable[P, _Nothing],
+        /,
+        *,
+        cpu_bound: bool = False,
+        executor: Engine | None = None,
+    ) -> _GivesAnything[P]: ...
     @overload
     def __call__(
         self, func: staticmethod[P, Coroutine[Any, Any, T]], /
     ) -> staticmethod[P, Unfuture[T]]: ...
     @overload
-    def __call__(  # type: ignore[overload-overlap]
+    def __call__(
         self,
         func: staticmethod[P, T],
         /,
@@ -69,15 +95,15 @@ class Mark(Protocol):
         executor: Engine | None = None,
     ) -> classmethod[C, P, Unfuture[T]]: ...
     @overload
-    def __call__(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+    def __call__(  # pyright: ignore[reportOverlappingOverload]
         self, func: Callable[P, _AsyncGeneratorContextManager[T]], /
     ) -> Callable[P, AmbientContextManager[T]]: ...
     @overload
-    def __call__(  # type: ignore[overload-overlap]
+    def __call__(
         self, func: Callable[P, AsyncIterator[T]], /, *, read_ahead: int | None = None
     ) -> Callable[P, Stream[T]]: ...
     @overload
-    def __call__(  # type: ignore[overload-overlap]
+    def __call__(
         self,
         func: Callable[P, Generator[T, Any, Any]],
         /,

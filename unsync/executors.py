@@ -56,7 +56,7 @@ __all__ = [
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# What functions can be sent to: any executor, or a callable that gives one when it is first needed.
+# What functions can be sent to: any executor, or a callable that gives one when one is needed.
 Engine = concurrent.futures.Executor | Callable[[], concurrent.futures.Executor]
 
 # How functions get there.
@@ -176,9 +176,12 @@ class ThreadExecutor(concurrent.futures.ThreadPoolExecutor):
             self.join(None)
 
     def join(self, timeout: float | None) -> bool:
-        """After `shutdown`, waits up to `timeout` seconds; whether all threads have ended.
+        """After `shutdown`, waits until all threads have ended, which `shutdown` can without limit.
 
         A thread of the pool does not wait for itself, nor for those that wait for it.
+
+        :param timeout: how many seconds to wait at most; None for as long as it takes.
+        :returns: whether all threads have ended; False in a thread of the pool.
         """
         if self.owns_this_thread():
             return False
@@ -362,6 +365,8 @@ def way_into(engine: concurrent.futures.Executor | Given) -> Way:
 class Given:
     """An executor that a callable gives when it is first needed, once in each process.
 
+    And anew when it is needed after somebody shut down what it gave.
+
     :param what: how errors name the callable.
     """
 
@@ -371,8 +376,8 @@ class Given:
         # Held while the callable works. That may take long, or start processes: so a fork does not
         # wait for it.
         self._lock = _common.Making()
-        self._executor: concurrent.futures.Executor | None = None
-        self._way: Way | None = None
+        # What it gave, and the way there, which change together.
+        self._given: tuple[concurrent.futures.Executor, Way] | None = None
         # Left by a parent process: kept, since their ends would speak to the parent's workers.
         self._inherited: list[concurrent.futures.Executor] = []
         _given.add(self)
@@ -380,36 +385,62 @@ class Given:
     @property
     def executor(self) -> concurrent.futures.Executor:
         """:raises TypeError: if the callable gives something else; what it raises is raised."""
-        there = self._executor
-        if there is not None:
+        return self._ask()[0]
+
+    def _ask(self) -> tuple[concurrent.futures.Executor, Way]:
+        """What it gave, unless that was shut down, or what it gives now."""
+        there = self._given
+        if there is not None and not _was_shut_down(there[0]):
             return there
         with self._lock:
-            if self._executor is None:
+            if self._given is there:
                 executor = self._give()
                 if not isinstance(executor, concurrent.futures.Executor):
                     raise TypeError(
                         f"{self._what} must give a concurrent.futures.Executor when it is called, "
                         f"but {self._give!r} gave {executor!r}"
                     )
-                if self._executor is None:  # or it has waited, and another thread was first
-                    self._executor = executor
-                    self._way = way_into(executor)
-            return self._executor
+                if self._given is there:  # or it has waited, and another thread was first
+                    self._given = executor, way_into(executor)
+            assert self._given is not None
+            return self._given
 
     def submit(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Unfuture[Any]:
-        way = self._way
-        if way is None:
-            way = way_into(self.executor)
-        return way(function, args, kwargs)
+        executor, way = self._given or self._ask()
+        try:
+            return way(function, args, kwargs)
+        except RuntimeError:
+            if not _was_shut_down(executor):
+                raise
+        # Not while that is handled: else it would be the context of whatever is raised from now on.
+        return self._ask()[1](function, args, kwargs)
 
     def after_fork(self) -> None:
         """In the child: what the parent was given has no threads or processes here."""
         self._lock = _common.Making()
-        if self._executor is not None:
-            self._inherited.append(self._executor)
-        self._executor = self._way = None
+        if self._given is not None:
+            self._inherited.append(self._given[0])
+        self._given = None
+
+
+def _was_shut_down(executor: concurrent.futures.Executor) -> bool:
+    """Whether its owner has shut it down, as far as executors tell; not that it broke.
+
+    Thread pools say it by `_shutdown`, and so do those of mpi4py and Dask. What process pools say
+    by `_shutdown_thread`, and loky by a flag, they say when they break as well; but they let go of
+    the thread that manages them only when they are shut down. At the end of the interpreter
+    everything is, and nothing is to be made in its place.
+    """
+    if _common.exiting:
+        return False
+    state: Any = executor
+    if getattr(state, "_shutdown", False) is True:
+        return True
+    flags = getattr(state, "_flags", None)
+    takes_no_more = getattr(state, "_shutdown_thread", getattr(flags, "shutdown", False))
+    return takes_no_more is True and getattr(state, "_executor_manager_thread", None) is None
 
 
 _given: weakref.WeakSet[Given] = weakref.WeakSet()
@@ -895,7 +926,8 @@ def _make_process_pool() -> concurrent.futures.ProcessPoolExecutor:
     )
 
 
-# What the first failure is told in a process that fork might have given what it lacks.
+# What the first failure that may come of it is told in a process that fork might have given what it
+# lacks: see `_travel._may_lack_state`.
 _BEGAN_ANEW = (
     "unsync's own process pool never forks, even where Python does. Each process imports the main "
     "program and its modules anew: what the program sets when it runs, below its guard "

@@ -217,16 +217,31 @@ def ambient_mailbox() -> Mailbox | None:
 
 def _drain(timeout: float | None) -> bool:
     until = _until(timeout)
-    _ambient.check_not_inside("drain")
+    _check_may_drain("drain", timeout)
+    return _drain_until(until)
+
+
+def _check_may_drain(name: str, timeout: float | None, option: str = "") -> None:
+    """Of this thread, which is going to wait for everything.
+
+    :param name: of the function that was called, with that timeout.
+    :param option: what else it was given, as a call shows it after the timeout.
+    :raises RuntimeError: if it must not: it would wait for itself, or keep a loop from its work.
+    """
+    _ambient.check_not_inside(name)
     if executors.in_thread_of_a_pool():
         raise RuntimeError(
-            "unsync.drain() cannot be called in a thread of a pool: it would wait for itself"
+            f"unsync.{name}() cannot be called in a thread of a pool: it would wait for itself"
         )
     if _common.running_loop() is not None:
+        given = "" if timeout is None else f", {timeout!r}"
         raise RuntimeError(
-            "unsync.drain() would block the event loop that runs here; there it is "
-            f"`await asyncio.to_thread(unsync.drain, {timeout!r})`"
+            f"unsync.{name}() would block the event loop that runs here; there it is "
+            f"`await asyncio.to_thread(unsync.{name}{given}{option})`"
         )
+
+
+def _drain_until(until: float | None) -> bool:
     with package._drain.Drain(_ambient.mailbox) as drain:
         return drain.wait(until)
 
@@ -237,12 +252,14 @@ _CLEAN_UP_SECONDS = 1.0
 
 def _shutdown(timeout: float | None, drain: bool) -> bool:
     until = _until(timeout)
-    _ambient.check_not_inside("shutdown")
     drained = True
     if drain:
-        drained = _drain(_common.seconds_left(until))
+        _check_may_drain("shutdown", timeout, ", drain=True")
+        drained = _drain_until(until)
         if until is not None:
             until = max(until, monotonic() + _CLEAN_UP_SECONDS)
+    else:
+        _ambient.check_not_inside("shutdown")
     patience = _common.seconds_left(until)
     if executors.in_thread_of_a_pool():
         patience = 0.0  # another shutdown would wait for this thread
@@ -447,8 +464,8 @@ class _Settings(type):
     def thread_executor(cls) -> concurrent.futures.Executor:
         """Runs the regular functions: a `ThreadExecutor` made on first use, or any `Executor`.
 
-        It can also be set to a callable that gives one, which is called at first use. Setting it
-        to None brings back the default.
+        It can also be set to a callable that gives one, which is called at first use, and again
+        when what it gave was shut down. Setting it to None brings back the default.
 
         :raises TypeError: when set to what is no `Executor` and not callable; when the callable
             gives something else.
@@ -467,8 +484,8 @@ class _Settings(type):
     def process_executor(cls) -> concurrent.futures.Executor:
         """Runs the `cpu_bound` functions: a `ProcessPoolExecutor` made on first use, or any other.
 
-        It can also be set to a callable that gives one, which is called at first use. Setting it
-        to None brings back the default.
+        It can also be set to a callable that gives one, which is called at first use, and again
+        when what it gave was shut down. Setting it to None brings back the default.
 
         :raises TypeError: when set to what is no `Executor` and not callable; when the callable
             gives something else.
@@ -588,7 +605,8 @@ class _Settings(type):
             have a second then to clean up, if that is more than what is left.
         :returns: whether everything that it ends ended in time.
         :raises RuntimeError: in `unsync.thread`, which cannot wait for its own end; with `drain` as
-            `unsync.drain()` does.
+            `unsync.drain()` does: where an event loop runs it is
+            `await asyncio.to_thread(unsync.shutdown, timeout, drain=True)`.
         :raises ValueError: if `timeout` is nan.
         """
         return _shutdown(timeout, drain)
@@ -610,10 +628,13 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     functions, methods, static- and classmethods (or below those two), builtins,
     `functools.partial` and other callable objects.
 
+    A function that is marked already is marked anew, with the options that are given now; if none
+    are, with those that it has.
+
     :param func: the function to mark; left out in the forms with parentheses.
     :param cpu_bound: run it in a process.
     :param executor: run it there instead: any `concurrent.futures.Executor`, or a callable that
-        gives one at the first call.
+        gives one at the first call, and another one after that was shut down.
     :param read_ahead: how many values of a generator function are made, at most, before somebody
         asks for them; 64 if left away.
     :raises TypeError: if `func` is not callable; if a coroutine function is to run in an executor,
@@ -647,6 +668,14 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                 stacklevel=2,
             )
         function, binding = _unbind(func)
+        wrapped = function
+        inner: _Marked[..., Any] | None = None  # whose options are taken
+        if isinstance(wrapped, _Marked) and type(wrapped).__call__ is Launcher.__call__:
+            # What that gives would be an Unfuture within an Unfuture.
+            func, function, binding = _below(wrapped, binding)
+            if not cpu_bound and executor is None and read_ahead is None:
+                inner = wrapped
+                _, cpu_bound, executor, read_ahead = inner._marking
         if not callable(function):
             raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
         if isinstance(function, type) and function.__flags__ & _PY_TPFLAGS_HEAPTYPE:
@@ -655,13 +684,18 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
                 "another thread, and its methods stay as they are; mark those, or a function that "
                 "makes one"
             )
-        engine = None if executor is None else _engine("the option 'executor'", executor)
+        engine = None
+        if executor is not None and inner is None:
+            engine = _engine("the option 'executor'", executor)
         elsewhere = "cpu_bound=True" if cpu_bound else "executor=" if executor is not None else ""
         if read_ahead is not None:
             _check_read_ahead(read_ahead)
         gives = "Stream"
         route: Route | None
-        if _is_kind(inspect.isasyncgenfunction, function):
+        if inner is not None:
+            # The same, so that a callable which gives the executor is asked once for both.
+            gives, route = inner._gives, inner._goes_to
+        elif _is_kind(inspect.isasyncgenfunction, function):
             if elsewhere:
                 raise _no_way("async generator function", function, elsewhere, "async generators")
             streams = package.streams
@@ -699,9 +733,13 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         super().__init__(function, route, binding)
         attributes = _Attributes()
         object.__setattr__(self, "__dict__", attributes)
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, wrapped)
+        self.__wrapped__ = function
+        self._marking: tuple[Any, bool, Engine | None, int | None]
         self._marking = func, cpu_bound, executor, read_ahead
-        # For fan-out; after what the function may have brought of another one.
+        # After what the function may have brought of another one.
+        self._gives: str
+        self._goes_to: Route | None
         self._gives, self._goes_to = gives, route
         if gives == "Unfuture" and route is None:
             _mark_as_awaited(self)
@@ -921,6 +959,22 @@ def _unbind(func: Any) -> tuple[Any, int]:
     if isinstance(func, classmethod):
         return func.__func__, BIND_CLASS
     return func, BIND_INSTANCE
+
+
+def _below(marked: _Marked[..., Any], binding: int) -> tuple[Any, Any, int]:
+    """What it marks, as it was given and as a function, and what the first argument will be.
+
+    :param binding: of what is marked now, if that is a static- or classmethod around `marked`.
+    """
+    func: Any = marked._marking[0]
+    function, own = _unbind(func)
+    if binding == BIND_NOTHING:
+        func = staticmethod(function)
+    elif binding == BIND_CLASS:
+        func = classmethod(function)
+    else:
+        binding = own
+    return func, function, binding
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, wait_until_suspended
+from support.waiting import PATIENCE, collect, wait_until_suspended
 
 from unsync import Unfuture, unsync
 
@@ -97,3 +97,67 @@ def test_outside_of_debug_mode_nothing_is(caplog: pytest.LogCaptureFixture) -> N
     for call in CALLS.values():
         call().result(PATIENCE)
     assert warnings(caplog) == []
+
+
+# A failure that nobody looked at: no line is told that is not the call's.
+
+
+@pytest.fixture
+def born_in_debug_mode() -> Iterator[None]:
+    def make() -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        loop.set_debug(True)
+        return loop
+
+    assert unsync.shutdown(PATIENCE)
+    unsync.loop_factory = make
+    yield
+    assert unsync.shutdown(PATIENCE)
+    unsync.loop_factory = None
+
+
+@unsync
+async def fail() -> None:
+    raise OSError("nobody looked")
+
+
+@unsync
+async def nothing() -> None:
+    pass
+
+
+def dropped_in_the_loop() -> None:
+    @unsync
+    async def caller() -> None:
+        fail()
+        await nothing()  # which comes after it
+        collect()  # on Python 3.13 the failure's task is in a circle then
+
+    caller().result(PATIENCE)
+
+
+def dropped_while_the_loop_has_it() -> None:
+    fail()
+
+
+def dropped_in_another_thread() -> None:
+    call = fail()
+    assert unsync.drain(PATIENCE)
+    del call
+
+
+@pytest.mark.parametrize(
+    "drop", [dropped_in_the_loop, dropped_while_the_loop_has_it, dropped_in_another_thread]
+)
+def test_the_report_of_a_failure_names_no_line_of_anything_else(
+    drop: Callable[[], None], born_in_debug_mode: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert unsync.loop.get_debug()
+    drop()
+    assert unsync.drain(PATIENCE)
+    collect()
+    take_a_turn()
+    (report,) = [each.getMessage() for each in caplog.records if each.name == "asyncio"]
+    lines = report.splitlines()
+    assert lines[0] == "Unfuture exception was never retrieved"
+    assert [line.partition(":")[0] for line in lines[1:]] == ["future"]

@@ -25,7 +25,7 @@ from unittest.mock import Mock
 import pytest
 from support.waiting import PATIENCE, collect, wait_until
 
-from unsync import Unfuture, unsync
+from unsync import Stream, Unfuture, unsync
 from unsync.executors import ThreadExecutor
 
 
@@ -424,6 +424,7 @@ async def async_values() -> AsyncIterator[int]:
         unsync(async_where),
         unsync(functools.partial(async_where, 1)),
         unsync(AsyncCallable()),
+        unsync(unsync(async_where)),
         WithAsyncMethods.regular,
         WithAsyncMethods().regular,
         WithAsyncMethods().above,
@@ -443,7 +444,6 @@ def test_a_coroutine_function_says_that_it_is_awaited(marked: object) -> None:
         unsync(values),
         unsync(async_values),
         unsync(contextlib.asynccontextmanager(async_values)),
-        unsync(unsync(async_where)),
         unsync(WithAsyncMethods().regular),
     ],
 )
@@ -518,11 +518,83 @@ def test_a_wrapper_takes_over_the_functions_attributes_and_not_ours(
     assert vars(marked)["tag"] == 1
 
 
-@pytest.mark.parametrize("function", [where, async_where])
-def test_a_marked_function_that_is_marked_again_runs_in_a_thread(
+# A function that is marked again.
+
+
+@pytest.mark.parametrize("function", [where, async_where, functools.partial(where), len])
+def test_a_marked_function_that_is_marked_again_gives_what_the_function_gives(
     function: Callable[..., Any],
 ) -> None:
-    inner = unsync(unsync(function))("value").result(PATIENCE)
+    once: Any = unsync(function)
+    once.tag = 1
+    again: Any = unsync(once)
+    assert again is not once
+    assert again.tag == 1
+    assert again.__wrapped__ is function
+    results = [marked("value").result(PATIENCE) for marked in (once, again)]
+    assert results == [5, 5] or [value for value, *_ in results] == ["value"] * 2
+    assert inspect.signature(again) == inspect.signature(once)
+    assert is_marked_as_awaited(again) == is_marked_as_awaited(once)
+
+
+def test_one_that_is_marked_again_without_options_keeps_those_that_it_has() -> None:
+    asked = []
+    executor = Inline()
+
+    def give() -> Executor:
+        asked.append(1)
+        return executor
+
+    once = unsync(where, executor=give)
+    again = unsync(unsync()(once))
+    me = threading.current_thread()
+    assert [marked().result(PATIENCE)[1] for marked in (again, once)] == [me, me]
+    assert asked == [1]
+
+
+def test_one_that_is_marked_again_with_options_has_those() -> None:
+    marked = unsync(unsync(where), executor=Inline())
+    assert marked("value").result(PATIENCE)[:2] == ("value", threading.current_thread())
+    elsewhere = unsync(marked, executor=ThreadPoolExecutor)
+    assert elsewhere("value").result(PATIENCE)[1] is not threading.current_thread()
+    with pytest.raises(TypeError, match=r"async_where cannot be marked with executor="):
+        unsync(unsync(async_where), executor=Inline())
+    with pytest.raises(TypeError, match=r"where cannot be marked with read_ahead="):
+        unsync(unsync(where), read_ahead=2)
+
+
+@pytest.mark.parametrize("function", [values, async_values])
+def test_a_generator_function_that_is_marked_again_gives_a_stream(
+    function: Callable[..., Any],
+) -> None:
+    for again in (unsync(unsync(function)), unsync(unsync(function), read_ahead=1)):
+        with again() as stream:
+            assert isinstance(stream, Stream)
+            assert list(stream) == [1]
+
+
+def test_methods_that_are_marked_again() -> None:
+    class Service:
+        regular = unsync(unsync(lambda self: self))
+        of_class = unsync(unsync(classmethod(lambda cls: cls)))
+        around_class = unsync(classmethod(unsync(lambda cls: cls)))  # type: ignore[arg-type]
+        static = unsync(unsync(staticmethod(lambda: "static")))
+        around_static = unsync(staticmethod(unsync(lambda: "static")))
+
+    service: Any = Service()
+    assert service.regular().result(PATIENCE) is service
+    assert service.of_class().result(PATIENCE) is Service
+    assert service.around_class().result(PATIENCE) is Service
+    assert service.static().result(PATIENCE) == "static"
+    assert service.around_static().result(PATIENCE) == "static"
+
+
+def test_a_subclass_that_has_its_own_way_to_be_called_is_left_alone() -> None:
+    class Traced(unsync):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any) -> Any:
+            return super().__call__(*args)
+
+    inner = unsync(Traced(where))("value").result(PATIENCE)
     assert isinstance(inner, Unfuture)
     assert inner.result(PATIENCE)[0] == "value"
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import queue
+import re
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -641,9 +642,28 @@ def test_what_outlasts_a_shutdown_that_drains_is_cancelled_and_cleans_up() -> No
     assert cleaned == [1]
 
 
-def test_a_shutdown_that_drains_not_where_an_event_loop_runs() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ((5,), "await asyncio.to_thread(unsync.shutdown, 5, drain=True)"),
+        ((), "await asyncio.to_thread(unsync.shutdown, drain=True)"),
+    ],
+)
+def test_a_shutdown_that_drains_not_where_an_event_loop_runs(
+    arguments: tuple[float, ...], advice: str
+) -> None:
     async def main() -> None:
-        with pytest.raises(RuntimeError, match="to_thread"):
-            unsync.shutdown(1, drain=True)
+        words = rf"^unsync\.shutdown\(\) would block .*`{re.escape(advice)}`$"
+        with pytest.raises(RuntimeError, match=words):
+            unsync.shutdown(*arguments, drain=True)
 
     asyncio.run(main())
+
+
+def test_a_shutdown_that_drains_not_in_a_thread_of_a_pool() -> None:
+    @unsync
+    def shut_down() -> None:
+        with pytest.raises(RuntimeError, match=r"^unsync\.shutdown\(\) .* a thread of a pool"):
+            unsync.shutdown(1, drain=True)
+
+    shut_down().result(PATIENCE)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures.thread import BrokenThreadPool
 from typing import Any
 
 import pytest
 from support.waiting import PATIENCE
 
 from unsync import Unfuture, unsync
-from unsync.executors import ThreadExecutor
+from unsync.executors import SingleThreadExecutor, ThreadExecutor
 
 # Sets what gives an executor and returns a function that goes there.
 PLACES: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
@@ -167,6 +168,128 @@ def test_assigning_anew_asks_anew(pool: ThreadPoolExecutor) -> None:
     unsync.thread_executor = None
     assert unsync(where)().result(PATIENCE).startswith("unsync-worker")
     other.shutdown()
+
+
+def single() -> SingleThreadExecutor:
+    return SingleThreadExecutor("single")
+
+
+@in_each_place
+@pytest.mark.parametrize("kind", [ThreadExecutor, ThreadPoolExecutor, single])
+def test_it_is_called_again_after_what_it_gave_was_shut_down(
+    mark: Any, kind: Callable[[], Executor]
+) -> None:
+    gave: list[Executor] = []
+
+    def give() -> Executor:
+        gave.append(kind())
+        return gave[-1]
+
+    marked = mark(where, give)
+    for number in (1, 2, 3):
+        assert [marked().result(PATIENCE) for _ in range(2)]
+        assert len(gave) == number
+        gave[-1].shutdown()
+
+
+@in_each_place
+def test_it_is_called_again_by_fan_out(mark: Any) -> None:
+    gave: list[Executor] = []
+
+    def give() -> Executor:
+        gave.append(ThreadPoolExecutor(2))
+        return gave[-1]
+
+    marked = mark(abs, give)
+    for number in (1, 2):
+        assert [call.result(PATIENCE) for call in unsync.calls(marked, range(9))] == [*range(9)]
+        assert sum(unsync.map(marked, range(9))) == 36
+        assert len(gave) == number
+        gave[-1].shutdown()
+
+
+@pytest.mark.parametrize("name", ["thread_executor", "process_executor"])
+def test_asking_for_the_setting_calls_it_again_too(name: str) -> None:
+    setattr(unsync, name, ThreadPoolExecutor)
+    first = getattr(unsync, name)
+    first.shutdown()
+    second = getattr(unsync, name)
+    assert second is not first
+    assert second.submit(where).result(PATIENCE)
+    second.shutdown()
+
+
+@in_each_place
+def test_it_is_called_again_once_by_many_threads(mark: Any, in_thread: Any) -> None:
+    gave: list[Executor] = []
+
+    def give() -> Executor:
+        gave.append(ThreadPoolExecutor(2, thread_name_prefix="given"))
+        return gave[-1]
+
+    marked = mark(where, give)
+    assert marked().result(PATIENCE)
+    gave[0].shutdown()
+    others_came = threading.Barrier(8)
+    calls: list[Unfuture[str]] = []
+
+    def call() -> None:
+        others_came.wait(PATIENCE)
+        calls.append(marked())
+
+    for thread in [in_thread(call) for _ in range(8)]:
+        thread.join(PATIENCE)
+    assert [call.result(PATIENCE)[:5] for call in calls] == ["given"] * 8
+    assert len(gave) == 2
+    gave[1].shutdown()
+
+
+@in_each_place
+def test_one_that_gives_again_what_was_shut_down_is_refused(
+    mark: Any, pool: ThreadPoolExecutor
+) -> None:
+    marked = mark(where, lambda: pool)
+    assert marked().result(PATIENCE)[:5] == "given"
+    pool.shutdown()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            marked()
+
+
+@in_each_place
+def test_one_that_broke_is_its_owner_s_affair_until_that_shuts_it_down(mark: Any) -> None:
+    gave: list[ThreadPoolExecutor] = []
+
+    def fail() -> None:
+        raise OSError("no")
+
+    def give() -> Executor:
+        gave.append(ThreadPoolExecutor(1, initializer=None if gave else fail))
+        return gave[-1]
+
+    marked = mark(where, give)
+    with pytest.raises(BrokenThreadPool):
+        marked().result(PATIENCE)
+    with pytest.raises(BrokenThreadPool):
+        marked()
+    assert len(gave) == 1
+    gave[0].shutdown()
+    assert marked().result(PATIENCE)
+    gave[1].shutdown()
+
+
+def test_another_s_runtime_error_calls_nothing_again() -> None:
+    called = []
+
+    class Refusing(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("not today")
+
+    marked = unsync(where, executor=lambda: called.append(1) or Refusing())  # type: ignore[func-returns-value]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not today"):
+            marked()
+    assert called == [1]
 
 
 def test_shutdown_leaves_it_to_its_owner(pool: ThreadPoolExecutor) -> None:

@@ -142,6 +142,182 @@ kept = []
         assert f"OSError: {where}" in output
 
 
+# What others made.
+
+WIDER_FIXTURE = """
+@pytest.fixture(scope="{scope}")
+def fixture():
+    if {fails} == "set-up":
+        fail(OSError("in the set-up"))
+    yield
+    if {fails} == "teardown":
+        fail(OSError("in the teardown"))
+
+class TestIt:
+    def test_it(self, fixture):
+        assert unsync.drain(10)
+
+    def test_another(self, fixture):
+        pass
+"""
+
+
+@pytest.mark.parametrize("where", ["set-up", "teardown"])
+@pytest.mark.parametrize("scope", ["class", "module", "package", "session"])
+def test_failures_in_fixtures_of_a_wider_scope_are_put_down_to_them(
+    tmp_path: Path, scope: str, where: str
+) -> None:
+    output = run(tmp_path, WIDER_FIXTURE.format(scope=scope, fails=repr(where)))
+    assert outcomes(output) == "2 passed, 1 error"
+    assert "ERROR at teardown of TestIt.test_another" in output
+    assert "calls of the fixture fixture failed, and nobody looked: 1" in output
+    assert f"OSError: in the {where}" in output
+    assert "calls of this test" not in output
+
+
+def test_work_that_the_teardown_of_a_wider_fixture_leaves(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+unsync.exit_timeout = 0
+
+@pytest.fixture(scope="module")
+def fixture():
+    yield
+    save(gate)
+
+def test_it(fixture):
+    pass
+""",
+    )
+    assert outcomes(output) == "1 passed, 1 error"
+    words = "work of the fixture fixture had not ended 0.1 s after it: 1 call of save()"
+    assert words in output
+
+
+def test_a_failure_that_a_wider_fixture_keeps_for_its_tests(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+@pytest.fixture(scope="module")
+def call():
+    return fail(OSError("to be looked at"))
+
+def test_it(call):
+    assert unsync.drain(10)
+
+def test_another(call):
+    assert str(call.exception(10)) == "to be looked at"
+""",
+    )
+    assert outcomes(output) == "2 passed"
+
+
+LATE = """
+unsync.exit_timeout = 0
+kept = []
+
+@unsync
+def save_and_fail():
+    gate.wait()
+    raise OSError("too late")
+
+@unsync
+async def call_later():
+    while not gate.is_set():
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+    fail(OSError("too late"))
+
+def test_it():
+    {statement}
+
+def test_another():
+    gate.set()
+    assert unsync.drain(10)
+
+def test_the_next_one():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "save_and_fail()",
+        "kept.append(save_and_fail())",
+        "save_and_fail().map(print)",
+        "call_later()",
+    ],
+)
+def test_what_an_earlier_test_left_and_fails_later_is_put_down_to_no_other(
+    tmp_path: Path, statement: str
+) -> None:
+    output = run(tmp_path, LATE.format(statement=statement))
+    assert outcomes(output) == "3 passed, 1 error"
+    assert "ERROR at teardown of test_it" in output
+    assert "calls of this test failed" not in output
+    words = "a call of test_of_a_user.py::test_it failed when that was over, and nobody looked:"
+    _, _, rest = output.partition(f"\n{words}\n")
+    assert "OSError: too late" in rest
+
+
+def test_a_background_task_of_a_wider_fixture_answers_for_its_calls(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+asked = threading.Event()
+
+async def serve():
+    while not asked.is_set():
+        await asyncio.sleep(0.001)
+    fail(OSError("while a test ran"))
+
+@pytest.fixture(scope="module", autouse=True)
+def service():
+    unsync(serve)()
+
+def test_it():
+    asked.set()
+    assert unsync.drain(10)
+
+def test_another():
+    pass
+""",
+    )
+    assert outcomes(output) == "2 passed, 1 error"
+    assert "ERROR at teardown of test_another" in output
+    assert "calls of the fixture service failed, and nobody looked: 1" in output
+
+
+def test_a_failure_that_comes_when_its_fixture_is_over_fails_the_run(tmp_path: Path) -> None:
+    done = start(
+        tmp_path,
+        """
+async def serve():
+    while not gate.is_set():
+        await asyncio.sleep(0.001)
+    fail(OSError("too late"))
+
+@pytest.fixture(scope="class")
+def service():
+    unsync(serve)()
+
+class TestIt:
+    def test_it(self, service):
+        pass
+
+def test_another():
+    gate.set()
+    assert unsync.drain(10)
+""",
+    )
+    assert outcomes(done.stdout) == "2 passed"
+    assert "a call of the fixture service failed when that was over" in done.stdout
+    assert "OSError: too late" in done.stdout
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+
+
 # A wait for what is left would last longer than the program may.
 INTERRUPTED = """
 unsync.exit_timeout = 0

@@ -11,13 +11,14 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
 from typing import Any, TypeVar, assert_type
 
 from unsync import AmbientContextManager, Stream, Unfuture, unsync
 
 T = TypeVar("T")
 N = TypeVar("N", int, str)
+B = TypeVar("B", bound=float)
 
 # Functions of every kind, however they are marked.
 
@@ -195,6 +196,48 @@ def twice(x: N) -> N:
     return x + x
 
 
+@unsync
+def first(values: Sequence[T]) -> T:
+    return values[0]
+
+
+@unsync(cpu_bound=True)
+def last(values: Sequence[T]) -> T:
+    return values[-1]
+
+
+@unsync
+def half(x: B) -> B:
+    return x
+
+
+@unsync
+def all_of(values: Sequence[T]) -> list[T]:
+    return list(values)
+
+
+class Chooser:
+    @unsync
+    def first(self, values: Sequence[T]) -> T:
+        return values[0]
+
+    @unsync
+    @staticmethod
+    def last(values: Sequence[T]) -> T:
+        return values[-1]
+
+
+# The type variable stands alone: what mypy sees is `Any`, and it looks at no argument.
+of_function: int = first([1]).result()
+of_process: int = last([1]).result()
+of_method: int = Chooser().first([1]).result()
+of_static: int = Chooser().last([1]).result()
+wrong: str = first([1]).result()  # pyright: ignore[reportAssignmentType]
+first(1)  # pyright: ignore[reportArgumentType]
+
+assert_type(half(1), Unfuture[int])
+half("")  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+assert_type(all_of([1]), Unfuture[list[int]])
 assert_type(same(1), Unfuture[int])
 assert_type(same([""]), Unfuture[list[str]])
 assert_type(twice(""), Unfuture[str])
@@ -350,3 +393,4 @@ def anything_at_all(x: int) -> Any:
 
 assert_type(anything_later(1), Unfuture[Any])
 assert_type(anything_at_all(1).result(), Any)
+anything_at_all("")  # pyright: ignore[reportArgumentType]

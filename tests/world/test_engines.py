@@ -407,3 +407,62 @@ def test_all_of_this_holds_under_mpiexec() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+# What a callable gave, and its owner has shut down.
+
+
+def own_loky() -> concurrent.futures.Executor:
+    # Not the one that all who ask for a reusable one share, with the other tests.
+    executor: concurrent.futures.Executor = pytest.importorskip("loky").ProcessPoolExecutor(1)
+    return executor
+
+
+def end_the_process() -> None:
+    os._exit(1)
+
+
+# A pool of mpi4py is the whole program's.
+GIVEN = {
+    **{name: make for name, (make, _) in ENGINES.items() if name != "MPIPoolExecutor"},
+    "loky": own_loky,
+}
+
+
+@pytest.mark.parametrize("make", GIVEN.values(), ids=GIVEN)
+def test_the_next_call_starts_afresh(make: Callable[[], concurrent.futures.Executor]) -> None:
+    gave: list[concurrent.futures.Executor] = []
+
+    def give() -> concurrent.futures.Executor:
+        gave.append(make())
+        return gave[-1]
+
+    marked = unsync(square, executor=give)
+    for number in (1, 2):
+        assert [marked(x).result(PATIENCE) for x in (2, 3)] == [4, 9]
+        assert len(gave) == number
+        gave[-1].shutdown()
+
+
+@pytest.mark.parametrize("name", ["spawn", "loky"])
+def test_one_that_broke_is_not_replaced_before_its_owner_shuts_it_down(name: str) -> None:
+    gave: list[concurrent.futures.Executor] = []
+
+    def give() -> concurrent.futures.Executor:
+        gave.append(GIVEN[name]())
+        return gave[-1]
+
+    unsync.process_executor = give
+    try:
+        marked = unsync(square, cpu_bound=True)
+        with pytest.raises(concurrent.futures.BrokenExecutor):
+            unsync(end_the_process, cpu_bound=True)().result(PATIENCE)
+        with pytest.raises(concurrent.futures.BrokenExecutor):
+            marked(3).result(PATIENCE)
+        assert len(gave) == 1
+        gave[0].shutdown()
+        assert marked(3).result(PATIENCE) == 9
+    finally:
+        unsync.process_executor = None
+        for executor in gave:
+            executor.shutdown()

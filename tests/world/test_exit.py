@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.waiting import PATIENCE
 
 # Those that the default pool uses; the quickest first.
 START_METHODS = sorted(set(multiprocessing.get_all_start_methods()) - {"fork"})
@@ -1204,6 +1205,40 @@ main()
         "nobody looked at it: 1 call of store() failed with ValueError\n"
     )
     assert done.returncode == 1
+
+
+def check_that_failures_are_told_in_full(stderr: str) -> None:
+    assert "division by zero" in stderr
+    assert stderr.count("Unfuture exception was never retrieved\n") == 2
+    assert "OSError: server 0 is down\n" in stderr
+    assert "ValueError: no room for 0\n" in stderr
+
+
+UNSEEN = "calls = [*fail(load, 1), *fail(store, 1)]\n"
+
+
+def test_what_was_only_shown_at_python_s_prompt_has_not_ended_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-i", "-c", FAILS],
+        input=f"1 / 0\n{UNSEEN}",
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    check_that_failures_are_told_in_full(done.stderr)
+
+
+def test_nor_has_what_was_only_shown_at_another_prompt(run_python: Run) -> None:
+    """IPython and Jupyter set `ps1` as well, and keep what was raised where Python does."""
+    program = f"""
+import code
+import sys
+
+sys.ps1 = "In : "
+code.InteractiveConsole().push("1 / 0")
+{UNSEEN}
+"""
+    check_that_failures_are_told_in_full(run_python(FAILS + program).stderr)
 
 
 def test_no_more_than_five_lines_for_many_functions(run_python: Run) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import importlib
 import json
 import math
 import multiprocessing
@@ -21,12 +22,12 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import pytest
 from support.waiting import PATIENCE, wait_until
 
-from unsync import CancelledError, Unfuture, _backend, _drain, executors, unsync
+from unsync import CancelledError, Unfuture, _backend, _drain, _travel, executors, unsync
 
 START_METHODS = multiprocessing.get_all_start_methods()
 # Those that the default pool uses.
@@ -52,6 +53,15 @@ def square(x: int, *, offset: int = 0) -> int:
 @unsync(cpu_bound=True)
 def where() -> int:
     return os.getpid()
+
+
+in_a_thread_first = unsync(unsync(plain), cpu_bound=True)
+
+
+@unsync(cpu_bound=True)
+@unsync
+def marked_again(x: int) -> int:
+    return x * x
 
 
 class OddError(Exception):
@@ -1086,6 +1096,14 @@ def test_an_executor_that_forks_can_be_assigned(run_python: Run) -> None:
     assert (done.stdout, done.stderr) == ("set at run time\n", "")
 
 
+def test_functions_that_are_marked_anew_for_a_process(
+    pool: concurrent.futures.ProcessPoolExecutor,
+) -> None:
+    result, pid = in_a_thread_first(3).result(PATIENCE)
+    assert (result, pid == os.getpid()) == (9, False)
+    assert marked_again(3).result(PATIENCE) == 9
+
+
 # What no longer works where Python itself would fork.
 
 NEEDS_WHAT_WAS_SET = """
@@ -1108,31 +1126,55 @@ def notes_of(failures):
     # How many notes the failures of each process have, which stands in their messages.
     found = collections.Counter()
     for failure in failures:
-        assert type(failure) is LookupError
+        assert type(failure) is KeyError
         found[failure.args[0]] += len(getattr(failure, "__notes__", ()))
     return sorted(set(found.values()))
 
 
+registered = {}
+
+
+@unsync(cpu_bound=True)
+def look_up(x):
+    return registered[os.getpid()]
+
+
 @unsync(cpu_bound=True)
 def fail(x):
-    raise LookupError(os.getpid())
+    raise ValueError("boom")
+
+
+@unsync(cpu_bound=True)
+def upper(text):
+    return text.upper()
+
+
+@unsync
+def text():
+    return "text"
 
 
 if __name__ == "__main__":
     if os.environ["START_METHOD"]:
         multiprocessing.set_start_method(os.environ["START_METHOD"])
     setting = {"x": 1}
+    # These have nothing to do with it.
+    failure = fail(1).exception(60)
+    assert not hasattr(failure, "__notes__"), failure.__notes__
+    failure = text().then(upper).exception(60)
+    assert "map() would give it its result" in "".join(failure.__notes__)
+    assert "never forks" not in "".join(failure.__notes__)
     failure = read_setting("x").exception(60)
     assert type(failure) is TypeError, failure
     notes = getattr(failure, "__notes__", [])
     unsync.shutdown()
-    chunks = notes_of(call.exception(60) for call in unsync.calls(fail, range(9), chunksize=3))
+    chunks = notes_of(call.exception(60) for call in unsync.calls(look_up, range(9), chunksize=3))
     print(json.dumps([notes, chunks]))
 """
 
 
 @pytest.mark.parametrize("chosen", ["", *sorted({"fork", "spawn"} & {*START_METHODS})])
-def test_the_first_failure_of_a_process_says_what_fork_would_have_brought(
+def test_the_first_failure_for_want_of_it_says_what_fork_would_have_brought(
     chosen: str, run_python: Run
 ) -> None:
     done = run_python(NEEDS_WHAT_WAS_SET, env={"START_METHOD": chosen})
@@ -1147,6 +1189,99 @@ def test_the_first_failure_of_a_process_says_what_fork_would_have_brought(
     else:
         assert notes == []
         assert of_each_process == [0]
+
+
+# In the process, with what is here as it is imported.
+
+setting: Any = None
+registered: dict[str, int] = {}
+listed: list[int] = []
+
+
+class Settings:
+    values: ClassVar[dict[str, int]] = {}
+
+
+def raise_it(failure: BaseException) -> NoReturn:
+    raise failure
+
+
+def failure_of(function: Callable[[], object]) -> BaseException:
+    try:
+        function()
+    except BaseException as exc:
+        return exc
+    raise AssertionError("it did not fail")
+
+
+def use_a_dict(given: dict[str, int]) -> int:
+    return given["x"]
+
+
+def use_an_unfuture(unfuture: Any) -> object:
+    return unfuture.upper() + setting
+
+
+def bound_later() -> int:
+    return set_later  # noqa: F821  # type: ignore[name-defined]  # pyright: ignore[reportUndefinedVariable]
+
+
+def unbound() -> int:
+    if registered:
+        value = 1
+    return value  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: setting["x"],
+        lambda: setting.value,
+        lambda: setting(),
+        lambda: registered["x"],
+        lambda: listed[0],
+        lambda: Settings.values["x"],
+        lambda: types.set_later,
+        lambda: json.set_later,
+        lambda: importlib.import_module("set_later"),
+        bound_later,
+    ],
+)
+def test_what_may_come_of_what_a_process_lacks_says_so_once(
+    function: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_travel, "_note", "what it lacks")
+    for notes in (["what it lacks"], []):
+        carried = _travel.pack_failure("function", failure_of(function))
+        assert isinstance(carried, bytes)
+        assert getattr(pickle.loads(carried), "__notes__", []) == notes
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: raise_it(ValueError("boom")),
+        lambda: raise_it(KeyError("boom")),
+        lambda: raise_it(NameError("boom")),
+        lambda: raise_it(ImportError("boom")),
+        lambda: raise_it(AttributeError("boom")),
+        lambda: raise_it(KeyboardInterrupt()),
+        lambda: use_a_dict({}),
+        lambda: int("x") + setting,
+        lambda: 1 / 0,
+        lambda: json.loads("{}")["x"],
+        lambda: use_an_unfuture(Unfuture.from_value("x")),
+        lambda: len(None),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        unbound,
+    ],
+)
+def test_what_does_not_says_nothing(
+    function: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_travel, "_note", "what it lacks")
+    failure = failure_of(function)
+    _travel.pack_failure("function", failure)
+    assert not hasattr(failure, "__notes__")
 
 
 @pytest.mark.alone
