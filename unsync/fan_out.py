@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import suppress
 from contextvars import copy_context
 from itertools import chain, islice, repeat, starmap
@@ -761,15 +761,17 @@ class _Outlet(Channel[T]):
         self.collected = 0
         self.failure: BaseException | None = None
 
-    # What was launched and not collected, in the order of the calls.
-    parts: deque[_Part] | dict[_Part, None]
+    # What was launched and not collected.
+
+    def parts(self) -> Collection[_Part]:
+        raise NotImplementedError
 
     def add(self, part: _Part) -> None:
         raise NotImplementedError
 
     def follow_all(self) -> None:
         """Has no part forgotten of which nobody would say that it is done."""
-        for part in [*self.parts]:
+        for part in [*self.parts()]:
             if not part.followed:
                 part.follow()
 
@@ -870,7 +872,7 @@ class _Outlet(Channel[T]):
             return True
         if self.stopped:
             failure, self.failure = self.failure, None
-        elif self.source is None and not self.parts:
+        elif self.source is None and not self.parts():
             self.stopped = True
             failure, self.broken = self.broken, None
         else:
@@ -923,21 +925,23 @@ class _Outlet(Channel[T]):
 
 @final
 class _InOrder(_Outlet[T]):
-    parts: deque[_Part]
-
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.parts = deque()
+        # In the order of the calls.
+        self.line: deque[_Part] = deque()
+
+    def parts(self) -> Collection[_Part]:
+        return self.line
 
     def add(self, part: _Part) -> None:
-        self.parts.append(part)
+        self.line.append(part)
         # Calls that go alone are asked when it is their turn: most are done long before.
         if self.target.route is not None:
             part.follow()
 
     def first(self) -> _Part | None:
         try:
-            return self.parts[0]
+            return self.line[0]
         except IndexError:
             return None
 
@@ -946,10 +950,10 @@ class _InOrder(_Outlet[T]):
         return None if first is None or not first.is_done() else first
 
     def remove(self, part: _Part) -> None:
-        _common.take_out(self.parts, part)
+        _common.take_out(self.line, part)
 
     def pop(self) -> _Part:
-        return self.parts.pop()
+        return self.line.pop()
 
     def arrive(self, part: _Part) -> None:
         if self.waiters and self.next_done() is not None:
@@ -964,15 +968,16 @@ class _InOrder(_Outlet[T]):
 
 @final
 class _AsCompleted(_Outlet[T]):
-    parts: dict[_Part, None]
-
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.parts = {}
+        self.out: dict[_Part, None] = {}
         self.completed: deque[_Part] = deque()
 
+    def parts(self) -> Collection[_Part]:
+        return self.out
+
     def add(self, part: _Part) -> None:
-        self.parts[part] = None
+        self.out[part] = None
         part.follow()
 
     def next_done(self) -> _Part | None:
@@ -982,11 +987,11 @@ class _AsCompleted(_Outlet[T]):
             return None
 
     def remove(self, part: _Part) -> None:
-        self.parts.pop(part, None)
+        self.out.pop(part, None)
         _common.take_out(self.completed, part)
 
     def pop(self) -> _Part:
-        return self.parts.popitem()[0]
+        return self.out.popitem()[0]
 
     def drop_all(self) -> None:
         super().drop_all()

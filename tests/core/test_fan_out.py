@@ -234,7 +234,7 @@ def test_values_come_in_order_or_as_their_calls_are_done(
         assert list(stream) == [0]
         gates[0].clear()
         stream = unsync.map(marked, range(2), chunksize=1)
-        wait_until(lambda stream=stream: [*stream._channel.parts][1].is_done())  # type: ignore[misc]
+        wait_until(lambda stream=stream: [*stream._channel.parts()][1].is_done())  # type: ignore[misc]
         gates[0].set()
         assert list(stream) == [0, 1]
 
