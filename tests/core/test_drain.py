@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import logging
 import queue
 import re
 import threading
@@ -339,6 +340,44 @@ def test_a_function_that_was_cancelled_and_still_runs(
     assert drain.waits_for("wait_for")
     gate.set()
     assert drain.answer()
+
+
+def test_a_function_that_a_killed_worker_was_about_to_begin(
+    make_pool: Callable[..., ThreadExecutor],
+    draining: Callable[[], Draining],
+    gate: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It fails of that, with the compiled core, or else another worker begins it."""
+    caplog.set_level(logging.CRITICAL + 1, logger="unsync")
+    make_pool(1)
+    go = threading.Event()
+    wait_for(go)
+    second = wait_for(gate)
+    drain = draining()
+    watcher = package._drain._watcher
+    is_through = watcher.is_through
+
+    def killed(job: Unfuture[Any]) -> None:
+        """In the worker, which has taken the second one: struck as by PyThreadState_SetAsyncExc."""
+        monkeypatch.setattr(watcher, "is_through", is_through)
+        is_through(job)
+        raise SystemExit
+
+    def ends(_: Unfuture[Any]) -> None:
+        second.add_done_callback(has_ended)  # after those that are there
+
+    def has_ended(_: Unfuture[Any]) -> None:
+        """The worker is not through with it before the drain waits for just that."""
+        wait_until(lambda: drain.drain._moved._waiters)
+
+    second.add_done_callback(ends)
+    monkeypatch.setattr(watcher, "is_through", killed)
+    gate.set()
+    go.set()
+    assert drain.answer()
+    assert isinstance(second.exception(0), (SystemExit, type(None)))
 
 
 def running_name(unfuture: Unfuture[Any]) -> str:

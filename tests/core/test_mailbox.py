@@ -429,6 +429,36 @@ def test_a_wakeup_that_fails_does_not_make_the_loop_deaf() -> None:
     assert give(2).result(PATIENCE / 4) == 2
 
 
+@pytest.mark.usefixtures("fresh", "patient")
+def test_after_wakeups_that_all_fail_whoever_comes_next_wakes_the_loop() -> None:
+    """It was tried again at once, in vain, and nobody else is coming."""
+
+    class Refusing(CountingLoop):
+        refuses = False
+
+        def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+            if self.refuses:
+                raise KeyboardInterrupt
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+    unsync.loop_factory = Refusing
+    loop: Any = unsync.loop
+    came: list[int] = []
+
+    @unsync
+    async def come(number: int) -> None:
+        came.append(number)
+
+    loop.refuses = True
+    with pytest.raises(KeyboardInterrupt):
+        come(1)
+    loop.refuses = False
+    # In another thread: what interrupts this one before it has rung may ring in its place.
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        other.submit(lambda: come(2).result(PATIENCE)).result()
+    assert came == [1, 2]
+
+
 @pytest.mark.usefixtures("fresh")
 def test_an_interrupt_at_the_beginning_of_a_drain_loses_nothing() -> None:
     """A loop's own function may be interrupted as well."""

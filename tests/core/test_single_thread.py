@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 import pytest
@@ -926,6 +926,45 @@ def test_a_loop_of_its_own_is_woken_after_others_have_been_waited_in(
     assert one.submit(lambda: asyncio.run(main())).result(PATIENCE) == [1, 1, 0]
     # That is so for a wait outside of loops, too.
     assert one.submit(lambda: steps().result()).result(PATIENCE) == [1, 1, 0]
+
+
+def test_a_ctrl_c_as_a_loop_of_its_own_is_rung_leaves_it_to_be_rung_again(
+    one: SingleThreadExecutor,
+) -> None:
+    class Interrupted(asyncio.SelectorEventLoop):
+        interrupts = 0
+
+        def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+    log = Log()
+    loop = Interrupted()
+    gate = Unfuture[None]()
+    within: Unfuture[Context] = Unfuture()
+
+    async def main() -> None:
+        waiting = await parked(gate)
+        within.set_result(copy_context())
+        await waiting
+
+    def outer() -> None:
+        with contextlib.closing(loop):
+            loop.run_until_complete(main())
+
+    call = one.submit(outer)
+    context = within.result(PATIENCE)
+    try:
+        loop.interrupts = 1
+        with pytest.raises(KeyboardInterrupt):
+            context.run(one.submit, log.note, "first")
+        context.run(one.submit, log.note, "second").result(PATIENCE)
+        assert log == ["first", "second"]
+    finally:
+        gate.set_result(None)
+    call.result(PATIENCE)
 
 
 def test_what_comes_at_the_end_of_a_blocking_wait_is_run_by_the_loop_around_it(

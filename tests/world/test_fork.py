@@ -689,6 +689,45 @@ for thread in threads:
 """)
 
 
+@pytest.mark.parametrize(
+    ("what", "makes"),
+    [
+        ("loop", "asyncio.new_event_loop"),
+        ("thread_executor", "executors.ThreadExecutor.__init__"),
+        ("process_executor", "executors._make_process_pool"),
+    ],
+)
+def test_a_fork_waits_for_a_thread_that_makes(end: Callable[..., str], what: str, makes: str) -> None:
+    """Else what that holds, the lock of an import say, would be held in the child for ever."""
+    end(f"""
+from unsync import executors
+
+holds = threading.Lock()
+making, forked = threading.Event(), threading.Event()
+make = {makes}
+
+def slowly(*args, **kwargs):
+    with holds:
+        making.set()
+        forked.wait(0.5)  # it is not to be seen: the fork waits
+        return make(*args, **kwargs)
+
+def child():
+    assert not holds.locked()
+    assert coroutine().result(60) == 2
+    assert function().result(60) == 3
+
+{makes} = slowly
+os.register_at_fork(after_in_parent=forked.set, after_in_child=forked.set)
+maker = threading.Thread(target=getattr, args=[unsync, {what!r}])
+maker.start()
+assert making.wait(60)
+fork(child)
+maker.join(60)
+use_all(processes=True)
+""")
+
+
 def test_settings_hold_in_the_child(end: Callable[..., str]) -> None:
     pytest.importorskip("uvloop")
     end("""

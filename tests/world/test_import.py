@@ -191,6 +191,40 @@ def test_threads_may_ask_at_once(run_python: RunPython) -> None:
     assert (run.stdout, run.stderr) == ("16 {<class 'unsync.streams.Stream'>}\n", "")
 
 
+def test_calls_of_other_executors_end_while_what_drains_is_loaded(run_python: RunPython) -> None:
+    """When its module is there, and nothing is in it yet."""
+    run = run_python(
+        """
+        import importlib.abc, importlib.util, sys
+        from concurrent.futures import ThreadPoolExecutor
+        from unsync import unsync
+
+        class Slow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+            def find_spec(self, name, path, target=None):
+                if name != "unsync._drain":
+                    return None
+                sys.meta_path.remove(self)
+                spec = importlib.util.find_spec(name)
+                self.loader, spec.loader = spec.loader, self
+                return spec
+
+            def create_module(self, spec):
+                return self.loader.create_module(spec)
+
+            def exec_module(self, module):
+                assert sys.modules["unsync._drain"] is module
+                with ThreadPoolExecutor(1) as threads:
+                    call = unsync(abs, executor=threads)(-1)
+                print(call.result())
+                self.loader.exec_module(module)
+
+        sys.meta_path.insert(0, Slow())
+        print(unsync.drain())
+        """
+    )
+    assert (run.stdout, run.stderr) == ("1\nTrue\n", "")
+
+
 def test_at_exit_it_can_be_asked_for_still(run_python: RunPython) -> None:
     run = run_python("""
         import atexit
