@@ -621,7 +621,7 @@ class _Single:
         self.outlet = outlet
         self.job = _call(outlet.target.function, args)
         self.followed = False
-        self.values: deque[Any] | None = None
+        self.moved = False  # its value
 
     def follow(self) -> None:
         """Has the outlet told when it is done; twice does no harm."""
@@ -637,16 +637,18 @@ class _Single:
     def drop(self) -> None:
         _drop(self.job)
 
-    def open(self) -> tuple[deque[Any], BaseException | None]:
-        """The values of a done one, and the failure after them; the same ones whoever asks."""
+    def move_to(self, taken: deque[Any]) -> BaseException | None:
+        """As that of `_Streamed`."""
         job = self.job
         try:
-            if self.values is None:
-                self.values = deque([job.result()])
+            if not self.moved:
+                value = job.result()
+                self.moved = True
+                taken.append(value)
         except BaseException as exc:
-            return deque(), _failure(job, exc)
+            return _failure(job, exc)
         else:
-            return self.values, None
+            return None
         finally:
             del self, job  # the frame that raised refers to this one
 
@@ -663,7 +665,8 @@ class _Streamed(_Chunk):
         # What came of it: set once, by the thread that finishes its job, before the outlet hears
         # of it.
         self.came: tuple[Any, BaseException | None] | None = None
-        self.opened: tuple[deque[Any], BaseException | None] | None = None
+        # Its values, the first of them last, and the failure after them.
+        self.opened: tuple[list[Any], BaseException | None] | None = None
 
     def arrive(self, came_back: Any) -> None:
         self.come(came_back, None)
@@ -694,21 +697,28 @@ class _Streamed(_Chunk):
     def is_done(self) -> bool:
         return self.came is not None
 
-    def open(self) -> tuple[deque[Any], BaseException | None]:
-        """The values of a done one, and the failure after them; the same ones whoever asks."""
-        if self.opened is None:
-            self.opened = self.unpacked()
-        return self.opened
+    def move_to(self, taken: deque[Any]) -> BaseException | None:
+        """Of a done one: puts its values there, once; what it failed with after them.
 
-    def unpacked(self) -> tuple[deque[Any], BaseException | None]:
+        An interrupt may come in between: each value is in one of the two places then.
+        """
+        if self.opened is None:
+            values, failure = self.unpacked()
+            values.reverse()
+            self.opened = values, failure
+        left, failure = self.opened
+        taken.extend(starmap(left.pop, repeat((), len(left))))
+        return failure
+
+    def unpacked(self) -> tuple[list[Any], BaseException | None]:
         assert self.came is not None
         came_back, failure = self.came
         if failure is not None:
-            return deque(), failure
+            return [], failure
         are_values, outcomes = came_back
         if are_values:
-            return deque(outcomes), None
-        values: deque[Any] = deque()
+            return [*outcomes], None
+        values: list[Any] = []
         for status, outcome in self.outcomes(outcomes):
             if status == _common.FAILED:
                 return values, outcome
@@ -863,9 +873,12 @@ class _Outlet(Channel[T]):
 
     # Consumers.
 
-    def find(self) -> bool | None:
+    def refill(self) -> Unfuture[None] | bool:
         if os.getpid() != self.pid:
             raise _common.orphan_error()
+        return super().refill()
+
+    def find(self) -> bool | None:
         if not self.stopped:
             self.collect()
         if self.taken:
@@ -889,10 +902,8 @@ class _Outlet(Channel[T]):
     def collect(self) -> None:
         """Takes the values of what is done, up to what has failed."""
         while (part := self.next_done()) is not None:
-            values, failure = part.open()
-            # Each is in one of the two, wherever an interrupt strikes; and then the part is still
-            # there, for who comes next.
-            self.taken.extend(starmap(values.popleft, repeat((), len(values))))
+            # After an interrupt the part is still there, for who comes next.
+            failure = part.move_to(self.taken)
             if failure is not None:
                 self.failure = failure
                 self.stopped = True
@@ -1001,4 +1012,5 @@ class _AsCompleted(_Outlet[T]):
         self.completed.append(part)
         if self.stopped:
             self.completed.clear()  # if it was stopped before it came
-        self.wake_all()
+        if self.waiters:
+            self.wake_all()

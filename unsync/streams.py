@@ -36,8 +36,7 @@ class _Turn:
 
     __slots__ = ("thread",)
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    thread: int
 
 
 class Channel(Generic[T]):
@@ -114,6 +113,7 @@ class Channel(Generic[T]):
         """
         while True:
             turn, mine = _Turn(), False
+            turn.thread = threading.get_ident()
             try:
                 try:
                     # Nothing can interrupt these steps so that it stays in the line.
@@ -210,8 +210,11 @@ class _Generated(Channel[T]):
         self.told_to_close = False  # whether the producer knows by now, or will see
         # Taken by who says that it has ended.
         self.to_end: deque[None] = deque([None])
-        # How the generator ended; its failure is told to one consumer, in its turn.
+        # How the generator ended; its failure is told to one consumer, in its turn. And that it
+        # has: to ask an Unfuture of the plain core took 4 % of what a value takes. Written after
+        # the former.
         self.ended: Unfuture[None] = Unfuture()
+        self.has_ended = False
         # What it returned, if it did; and that, too, one consumer is told.
         self.returned: deque[Any] = deque()
         # How the closing of a generator that was left early ended.
@@ -261,6 +264,7 @@ class _Generated(Channel[T]):
         settle(self.ended, None if closing else failure)
         if self.closing and not closing:
             self.ended = Unfuture.from_value(None)  # as `close` does, which may have missed it
+        self.has_ended = True
         settle(self.closed, failure if closing else None)
         self.wake_all()
 
@@ -276,14 +280,14 @@ class _Generated(Channel[T]):
     def find(self) -> bool | None:
         if self.taken:
             return True
-        over = self.ended.done()  # what it made is there, then
+        has_ended = self.has_ended  # what it made is there, then
         with suppress(IndexError):  # of a closing that came in between
             self.taken.extend(starmap(self.made.popleft, repeat((), len(self.made))))
         if self.closing:
             self.taken.clear()  # as `put`
         if self.taken:
             return True
-        if not over:
+        if not has_ended:
             return None
         # Told once; and the failure's traceback is going to refer to this channel.
         ended, self.ended = self.ended, Unfuture.from_value(None)

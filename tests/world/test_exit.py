@@ -603,8 +603,12 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+at_work = threading.Event()
+
+
 @unsync
 async def tidy():
+    at_work.set()
     try:
         await asyncio.sleep(3600)
     finally:
@@ -621,7 +625,7 @@ unsync.thread_executor = type(unsync.thread_executor)(max_workers=1)
 tidy()
 running = sleep()
 waiting = [queued() for _ in range(3)]
-assert begun.wait(60)
+assert begun.wait(60) and at_work.wait(60)
 """
 
 WAITS = "unsync: the exit waits for 4 calls, 3 of queued(), 1 of sleep() (Ctrl-C ends the wait)\n"
