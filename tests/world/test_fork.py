@@ -697,7 +697,9 @@ for thread in threads:
         ("process_executor", "executors._make_process_pool"),
     ],
 )
-def test_a_fork_waits_for_a_thread_that_makes(end: Callable[..., str], what: str, makes: str) -> None:
+def test_a_fork_waits_for_a_thread_that_makes(
+    end: Callable[..., str], what: str, makes: str
+) -> None:
     """Else what that holds, the lock of an import say, would be held in the child for ever."""
     end(f"""
 from unsync import executors
