@@ -2324,6 +2324,7 @@ cdef class Unfuture(_Item):
 
     cdef int set(self, int status, outcome) except -1:
         note_user_code()
+        self.check_fork()
         mirror = None
         lock(self)
         if self._kind == MIRROR:
@@ -2347,6 +2348,7 @@ cdef class Unfuture(_Item):
             a continuation or another future, which says itself when it begins.
         """
         cdef int status, kind
+        self.check_fork()
         lock(self)
         status = self._status
         kind = self._kind
@@ -2544,6 +2546,7 @@ cdef class Unfuture(_Item):
         cdef _Item waiter
         cdef int removed = 0
         found = []
+        self.check_fork()
         lock(self)
         try:
             waiter = self._chain
@@ -3164,7 +3167,11 @@ cdef class Unfuture(_Item):
         return 0
 
     cdef int check_fork(self) except -1:
-        """After a fork: fails it in the child if its work stayed with the parent."""
+        """After a fork: fails it in the child if its work stayed with the parent.
+
+        Whatever may come first to one goes by here before it enters the section, in which a thread
+        of the parent may have been.
+        """
         if self._generation != _generation:
             self.disown()
         return 0
@@ -3218,6 +3225,7 @@ cdef class Unfuture(_Item):
     def _behind(self):
         """What its outcome hangs upon, if that is an Unfuture, also behind a view, or a task."""
         cdef int kind
+        self.check_fork()
         lock(self)
         kind = self._kind
         source = self._source
@@ -3230,6 +3238,7 @@ cdef class Unfuture(_Item):
 
     @property
     def _state(self):
+        self.check_fork()
         side = self.side()
         seen = None if side is None else side.seen()
         return STATE_NAMES[load(&self._status) if seen is None else seen]
@@ -3283,6 +3292,7 @@ cdef class Unfuture(_Item):
 
     def __repr__(self):
         cdef int status, kind
+        self.check_fork()
         lock(self)
         status = self._status
         kind = self._kind

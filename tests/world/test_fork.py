@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable
 
 import pytest
+from support.under_test import CORE, WITH_GIL
 from support.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -140,10 +141,10 @@ def end(run_python: Run) -> Callable[..., str]:
     Its main part is given without the guard. The functions are those that other processes import.
     """
 
-    def run(main: str, *, functions: str = "", **env: str) -> str:
+    def run(main: str, *, functions: str = "", flags: tuple[str, ...] = FLAGS, **env: str) -> str:
         main = f"\nsignal.alarm({ALARM})\n{main}"
         guarded = "\nif __name__ == '__main__':" + textwrap.indent(main, "    ")
-        done = run_python(PRELUDE + functions + guarded, *FLAGS, env=env)
+        done = run_python(PRELUDE + functions + guarded, *flags, env=env)
         assert TRACKER.sub("", SLOW.sub("", done.stderr)) == ""
         assert done.returncode == 0
         return done.stdout
@@ -875,6 +876,98 @@ def child():
         assert called.wait(60), f"the callback was lost at line {k}"
 
 fork(child)
+""")
+
+
+@pytest.mark.skipif(WITH_GIL, reason="with it they take turns")
+def test_two_threads_of_a_child_look_at_many_at_once(end: Callable[..., str]) -> None:
+    """Where no trace function can stop one between two steps. What is lost is lost by chance."""
+    end(
+        """
+def child():
+    places, late = [-1, -1], []
+
+    def add(this, other):
+        for number, (unfuture, called) in enumerate(zip(pending, told)):
+            add, callback = unfuture.add_done_callback, called.append
+            places[this] = number
+            while places[other] < number and not late:
+                pass
+            add(callback)
+
+    timer = threading.Timer(2, late.append, [True])  # on a busy machine it sees less
+    timer.start()
+    threads = [threading.Thread(target=add, args=each) for each in ((0, 1), (1, 0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    timer.cancel()
+    lost = [called for called in told if len(called) < 2]
+    assert not lost, f"{len(lost)} callbacks were lost"
+
+pending = [Unfuture() for _ in range(50_000)]
+for unfuture in pending:
+    unfuture.set_running_or_notify_cancel()
+told = [[] for _ in pending]
+fork(child)
+""",
+        flags=FLAGS[2:],  # the development mode would have them meet more rarely
+    )
+
+
+@pytest.mark.skipif(WITH_GIL or CORE == "pure", reason="there each object has such a lock")
+def test_what_another_thread_had_locked_is_not_locked_in_the_child(end: Callable[..., str]) -> None:
+    end("""
+import contextlib
+import ctypes
+
+WAYS = [
+    lambda unfuture: asyncio.run(asyncio.wait_for(unfuture, 0)),
+    lambda unfuture: concurrent.futures.wait([unfuture], 0),
+    lambda unfuture: unfuture.concurrent_future.result(0),
+    lambda unfuture: unfuture.remove_done_callback(print),
+    lambda unfuture: unfuture.result(0),
+    lambda unfuture: unfuture.set_exception(ValueError()),
+    lambda unfuture: unfuture.set_result(1),
+    lambda unfuture: unfuture.then(str),
+    Unfuture,
+    Unfuture.add_done_callback,
+    Unfuture.cancel,
+    Unfuture.cancelled,
+    Unfuture.done,
+    Unfuture.running,
+    Unfuture.set_running_or_notify_cancel,
+    Unfuture._behind,
+    Unfuture._state.__get__,
+    repr,
+]
+
+def child():
+    for way, *unfutures in zip(WAYS, plain, calls):
+        for unfuture in unfutures:
+            with contextlib.suppress(Exception):
+                kept.append(way(unfuture))  # else it would be reported
+    assert function().result(60) == 3
+
+use_all()
+kept = []
+sleep = unsync(asyncio.sleep)
+plain = [Unfuture() for _ in WAYS]
+calls = [sleep(3600) for _ in WAYS]
+assert sleep(0).result(60) is None
+# The ob_mutex of each. Nobody does anything with them, so it is as if somebody held it.
+locks = [
+    ctypes.c_uint8.from_address(id(each) + ctypes.sizeof(ctypes.c_void_p) + 2)
+    for each in [*plain, *calls, unsync.thread_executor.jobs]
+]
+assert [lock.value for lock in locks] == [0] * len(locks)
+for lock in locks:
+    lock.value = 1
+pid = start(child)
+for lock in locks:
+    lock.value = 0
+join(pid)
 """)
 
 
