@@ -112,24 +112,29 @@ class Channel(Generic[T]):
         A handler of that very thread goes in, lest it wait for itself.
         """
         while True:
-            turn, mine = _Turn(), False
-            turn.thread = threading.get_ident()
-            try:
-                try:
-                    # Nothing can interrupt these steps so that it stays in the line.
-                    self.turns.append(turn)
-                    mine = self.turns[0].thread == turn.thread
-                    if mine:
-                        return self.find()
-                finally:
-                    self.turns.remove(turn)
-            finally:
-                if mine and self.refused:
-                    self.refused.clear()
-                    self.wake_all()
+            mine, found = self.look_in_turn()
+            if mine:
+                return found
             self.refused.append(None)
             if self.turns:
                 return None
+
+    def look_in_turn(self) -> tuple[bool, bool | None]:
+        """Whether it was this thread's turn, and what it has found then."""
+        turn, mine = _Turn(), False
+        turn.thread = threading.get_ident()
+        try:
+            try:
+                # Nothing can interrupt these steps so that it stays in the line.
+                self.turns.append(turn)
+                mine = self.turns[0].thread == turn.thread
+                return mine, self.find() if mine else None
+            finally:
+                self.turns.remove(turn)
+        finally:
+            if mine and self.refused:
+                self.refused.clear()
+                self.wake_all()
 
     def keeps_loop(self) -> bool:
         """For a consumer in a loop that need not wait: whether others are to have a turn.
