@@ -157,7 +157,7 @@ def test_the_report_of_a_failure_names_no_line_of_anything_else(
     assert unsync.drain(PATIENCE)
     collect()
     take_a_turn()
-    (report,) = [each.getMessage() for each in caplog.records if each.name == "asyncio"]
-    lines = report.splitlines()
-    assert lines[0] == "Unfuture exception was never retrieved"
-    assert [line.partition(":")[0] for line in lines[1:]] == ["future"]
+    told = [each.getMessage() for each in caplog.records if each.name == "asyncio"]
+    # On a busy machine the loop also warns of what took long.
+    (report,) = [each for each in told if each.startswith("Unfuture exception was never retrieved")]
+    assert [line.partition(":")[0] for line in report.splitlines()[1:]] == ["future"]
