@@ -279,6 +279,7 @@ class _AmbientLoop:
     def disown(self) -> None:
         """In the child of a fork: what the parent's loop has to do is none of our business."""
         take(self._to_begin)
+        self.mailbox.after_fork()
         for task in self.mailbox.live:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
         self.mailbox.close()

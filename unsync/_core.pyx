@@ -1140,6 +1140,11 @@ cdef class Mailbox(_Line):
             unfuture.arrive(self)
         return 0
 
+    def after_fork(self):
+        """In the child, before anything else: a thread of the parent may have been at it."""
+        renew_lock(self)
+        renew_lock(self.live)
+
     def close(self):
         """Abandons what is here, and leaves the box so that later items are abandoned too."""
         cdef _Item item

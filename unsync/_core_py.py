@@ -668,6 +668,9 @@ class Mailbox:
         self._taken += 1
         unfuture._arrive(self)
 
+    def after_fork(self) -> None:
+        """See the compiled core. There is no lock of ours here."""
+
     def close(self) -> None:
         """Abandons what is here, and leaves the box so that later items are abandoned too."""
         while True:

@@ -52,9 +52,12 @@ import threading
 import time
 import traceback
 
+faulthandler.register(signal.SIGALRM, chain=True)
+os.register_at_fork(after_in_child=lambda: signal.alarm(60))  # in the hooks of unsync
+
 from unsync import Unfuture, unsync
 
-faulthandler.register(signal.SIGALRM, chain=True)
+os.register_at_fork(after_in_child=lambda: signal.alarm(0))
 
 
 @unsync
@@ -956,10 +959,11 @@ sleep = unsync(asyncio.sleep)
 plain = [Unfuture() for _ in WAYS]
 calls = [sleep(3600) for _ in WAYS]
 assert sleep(0).result(60) is None
+mailbox = sys.modules["unsync.unsync"]._ambient.mailbox
 # The ob_mutex of each. Nobody does anything with them, so it is as if somebody held it.
 locks = [
     ctypes.c_uint8.from_address(id(each) + ctypes.sizeof(ctypes.c_void_p) + 2)
-    for each in [*plain, *calls, unsync.thread_executor.jobs]
+    for each in [*plain, *calls, unsync.thread_executor.jobs, mailbox, mailbox.live]
 ]
 assert [lock.value for lock in locks] == [0] * len(locks)
 for lock in locks:
