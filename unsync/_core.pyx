@@ -1141,7 +1141,7 @@ cdef class Mailbox(_Line):
         return 0
 
     def after_fork(self):
-        """In the child, before anything else: a thread of the parent may have been at it."""
+        """In a forked child, first of all: a thread of the parent may have been at it."""
         renew_lock(self)
         renew_lock(self.live)
 
@@ -2606,13 +2606,15 @@ cdef class Unfuture(_Item):
         return target
 
     cdef Unfuture fire(self, Unfuture source):
+        cdef Mailbox mailbox
         if load(&source._status) != FINISHED:
             store(&source._unseen, False)
             return pass_on(source, self)
         try:
+            mailbox = home()  # first: who begins to drain while that starts a loop must be told
             if load(&_watching):
                 self.note_fired(source)
-            home().post(self)
+            mailbox.post(self)
         except BaseException as exc:
             # The ambient loop cannot be started: the one who waits must hear of it.
             self.complete(FAILED, exc, ANY)

@@ -669,7 +669,8 @@ class Mailbox:
         unfuture._arrive(self)
 
     def after_fork(self) -> None:
-        """See the compiled core. There is no lock of ours here."""
+        """In a forked child, first of all: a thread of the parent may have been at it."""
+        # There is no lock of ours here.
 
     def close(self) -> None:
         """Abandons what is here, and leaves the box so that later items are abandoned too."""
@@ -1321,10 +1322,11 @@ class _Continuation(_Waiter):
             unfuture._seen = True
             _pass_on(unfuture, self.target, backlog)
             return
-        if (watcher := _watcher) is not None:
-            watcher.made(self.target, self.source, _job_here(), self.context)
         try:
-            home()._post(self)
+            mailbox = home()  # first: who begins to drain while that starts a loop must be told
+            if (watcher := _watcher) is not None:
+                watcher.made(self.target, self.source, _job_here(), self.context)
+            mailbox._post(self)
         except BaseException as exc:
             # The ambient loop cannot be started: the one who waits must hear of it.
             self.target._complete(FAILED, exc)

@@ -83,13 +83,16 @@ def after_fork() -> None:
 class Drain:
     """One wait for all that is pending; `with` it from the beginning to the end.
 
-    :param mailbox: the ambient loop's, if it runs.
+    :param find_mailbox: gives the ambient loop's, if it runs; None if that does not matter.
     :param only_functions: only those count that are pending at the beginning, in threads and
         processes, and what they call; not coroutines.
     """
 
-    def __init__(self, mailbox: Mailbox | None, only_functions: bool = False) -> None:
-        self._mailbox = None if only_functions else mailbox
+    def __init__(
+        self, find_mailbox: Callable[[], Mailbox | None] | None, only_functions: bool = False
+    ) -> None:
+        self._find_mailbox = None if only_functions else find_mailbox
+        self._mailbox: Mailbox | None = None
         self._only_functions = only_functions
         # Written by any thread, each change in one step: all that counts, ended or not; and what of
         # it is still to be waited for, in the order it came.
@@ -107,6 +110,9 @@ class Drain:
     def __enter__(self) -> Drain:
         _watcher.add(self)
         try:
+            if self._find_mailbox is not None:
+                # Only now: what comes into a loop that is started later has been told of.
+                self._mailbox = self._find_mailbox()
             for queue in executors.open_queues():
                 for jobs in queue.pending():
                     self._count_all(jobs)
@@ -259,9 +265,9 @@ def wait_for_end(unfuture: Unfuture[Any], until: float | None) -> bool:
     return _wait_for(ended, until)
 
 
-def pending_now(mailbox: Mailbox | None) -> list[Unfuture[Any]]:
+def pending_now(find_mailbox: Callable[[], Mailbox | None] | None) -> list[Unfuture[Any]]:
     """What would be waited for; but for the coroutines of a loop that is blocked for a second."""
-    with Drain(mailbox) as drain:
+    with Drain(find_mailbox) as drain:
         drain.look(monotonic() + LOOK_AGAIN_SECONDS)
         return drain.pending()
 

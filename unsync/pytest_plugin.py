@@ -261,7 +261,7 @@ def pytest_fixture_setup(
 @contextmanager
 def _work_of(watch: _Watch, maker: _Maker, timeout: float) -> Iterator[list[Unfuture[Any]]]:
     """In here runs what makes calls; at the end the list has what of them has not ended in time."""
-    before = WeakSet(_drain.pending_now(ambient_mailbox()))
+    before = WeakSet(_drain.pending_now(ambient_mailbox))
     left: list[Unfuture[Any]] = []
     watch.begin(maker)
     try:
@@ -272,7 +272,7 @@ def _work_of(watch: _Watch, maker: _Maker, timeout: float) -> Iterator[list[Unfu
                 left += _wait(before, timeout)
                 # A call that was dropped may have been freed just now: the loop is told of its
                 # failure.
-                _drain.pending_now(ambient_mailbox())
+                _drain.pending_now(ambient_mailbox)
                 if maker.is_test:
                     watch.take_all_unseen(maker)
         finally:
@@ -296,6 +296,6 @@ def _wait(before: WeakSet[Unfuture[Any]], timeout: float) -> list[Unfuture[Any]]
     """What has not ended after so many seconds, of what was not pending before."""
     until = monotonic() + timeout
     while True:
-        left = [each for each in _drain.pending_now(ambient_mailbox()) if each not in before]
+        left = [each for each in _drain.pending_now(ambient_mailbox) if each not in before]
         if not left or not _drain.wait_for_end(left[0], until):
             return left

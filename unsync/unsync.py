@@ -242,7 +242,7 @@ def _check_may_drain(name: str, timeout: float | None, option: str = "") -> None
 
 
 def _drain_until(until: float | None) -> bool:
-    with package._drain.Drain(_ambient.mailbox) as drain:
+    with package._drain.Drain(ambient_mailbox) as drain:
         return drain.wait(until)
 
 

@@ -238,6 +238,32 @@ def test_continuations_of_what_is_just_ending() -> None:
         assert len(done) == number + 1
 
 
+def test_a_continuation_for_which_the_loop_is_started(
+    draining: Callable[[], Draining], gate: threading.Event
+) -> None:
+    """When the drain begins there is no loop, and the worker is past saying what comes next."""
+    makes, go_on = threading.Event(), threading.Event()
+
+    def make() -> asyncio.AbstractEventLoop:
+        makes.set()
+        assert go_on.wait(PATIENCE)
+        loop = asyncio.new_event_loop()
+        loop.call_soon(gate.wait, PATIENCE)  # before all else
+        return loop
+
+    unsync.loop_factory = make
+    go = threading.Event()
+    last = wait_for(go).map(str)
+    go.set()
+    assert makes.wait(PATIENCE)
+    drain = draining()
+    go_on.set()
+    assert drain.waits_for("str")
+    gate.set()
+    assert drain.answer()
+    assert last.result(0) == "None"
+
+
 def test_what_is_called_and_moves_while_it_looks_around(
     monkeypatch: pytest.MonkeyPatch, in_thread: InThread, gate: threading.Event
 ) -> None:
