@@ -1094,8 +1094,10 @@ def is_of_a_scope(message: object) -> TypeGuard[str]:
     return isinstance(message, str) and message.startswith(_OF_A_SCOPE)
 
 
-def has_heard(task: asyncio.Future[Any], message: str) -> bool:
-    """In its loop: whether it has been told by that scope before; it has from now on."""
+def has_heard(task: asyncio.Future[Any], message: object) -> bool:
+    """In its loop: whether it has been told this by a scope before; from now on it has."""
+    if not is_of_a_scope(message):
+        return False
     heard = _heard.setdefault(task, set())
     before = message in heard
     heard.add(message)
@@ -1104,10 +1106,9 @@ def has_heard(task: asyncio.Future[Any], message: str) -> bool:
 
 def note_scope_of(failure: BaseException | None) -> None:
     """In a task: it learns by this failure of a scope that has cancelled somebody else."""
-    if isinstance(failure, asyncio.CancelledError) and failure.args:
-        task = asyncio.current_task()
-        if task is not None and is_of_a_scope(failure.args[0]):
-            has_heard(task, failure.args[0])
+    task = asyncio.current_task()
+    if task is not None and isinstance(failure, asyncio.CancelledError) and failure.args:
+        has_heard(task, failure.args[0])
 
 
 class CancelRequest:
@@ -1144,7 +1145,7 @@ class CancelRequest:
 
     def __call__(self, future: asyncio.Future[Any]) -> None:
         """In the thread that `future` belongs to."""
-        if is_of_a_scope(self.message) and has_heard(future, self.message):
+        if has_heard(future, self.message):
             self.heard = not future.done()
         else:
             self.heard = future.cancel(self.message)

@@ -67,18 +67,9 @@ def test_asking_for_the_setting_is_a_first_use(name: str, pool: ThreadPoolExecut
     assert called == [1]
 
 
-@in_each_place
-def test_it_is_called_once_by_many_threads(
-    mark: Any, pool: ThreadPoolExecutor, in_thread: Any
-) -> None:
-    called = []
+def call_at_once(marked: Callable[[], Unfuture[str]], in_thread: Any) -> None:
+    """Eight threads call it, none before all are there; all calls run in what was given."""
     others_came = threading.Barrier(8)
-
-    def give() -> ThreadPoolExecutor:
-        called.append(1)
-        return pool
-
-    marked = mark(where, give)
     calls: list[Unfuture[str]] = []
 
     def call() -> None:
@@ -88,6 +79,20 @@ def test_it_is_called_once_by_many_threads(
     for thread in [in_thread(call) for _ in range(8)]:
         thread.join(PATIENCE)
     assert [call.result(PATIENCE)[:5] for call in calls] == ["given"] * 8
+
+
+@in_each_place
+def test_it_is_called_once_by_many_threads(
+    mark: Any, pool: ThreadPoolExecutor, in_thread: Any
+) -> None:
+    called = []
+
+    def give() -> ThreadPoolExecutor:
+        called.append(1)
+        return pool
+
+    marked = mark(where, give)
+    call_at_once(marked, in_thread)
     assert called == [1]
 
 
@@ -230,16 +235,7 @@ def test_it_is_called_again_once_by_many_threads(mark: Any, in_thread: Any) -> N
     marked = mark(where, give)
     assert marked().result(PATIENCE)
     gave[0].shutdown()
-    others_came = threading.Barrier(8)
-    calls: list[Unfuture[str]] = []
-
-    def call() -> None:
-        others_came.wait(PATIENCE)
-        calls.append(marked())
-
-    for thread in [in_thread(call) for _ in range(8)]:
-        thread.join(PATIENCE)
-    assert [call.result(PATIENCE)[:5] for call in calls] == ["given"] * 8
+    call_at_once(marked, in_thread)
     assert len(gave) == 2
     gave[1].shutdown()
 

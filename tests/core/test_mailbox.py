@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, collect, running, wait_until
+from support.waiting import PATIENCE, InterruptedLoop, collect, running, wait_until
 
 from unsync import ACCELERATED, Unfuture, unsync
 
@@ -411,14 +411,8 @@ def test_a_waiter_that_cannot_be_told_does_not_lose_the_others(
 def test_a_wakeup_that_fails_does_not_make_the_loop_deaf() -> None:
     """Ctrl-C may come at any moment: then, too."""
 
-    class Interrupted(CountingLoop):
-        interrupts = 0
-
-        def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
-            if self.interrupts:
-                self.interrupts -= 1
-                raise KeyboardInterrupt
-            return super().call_soon_threadsafe(*args, **kwargs)
+    class Interrupted(InterruptedLoop, CountingLoop):
+        pass
 
     unsync.loop_factory = Interrupted
     loop: Any = unsync.loop

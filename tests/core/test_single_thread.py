@@ -16,7 +16,7 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, wait_until
+from support.waiting import PATIENCE, InterruptedLoop, wait_until
 
 from unsync import ACCELERATED, AmbientContextManager, Unfuture, _single_thread, unsync
 from unsync._common import nested_in
@@ -931,17 +931,8 @@ def test_a_loop_of_its_own_is_woken_after_others_have_been_waited_in(
 def test_a_ctrl_c_as_a_loop_of_its_own_is_rung_leaves_it_to_be_rung_again(
     one: SingleThreadExecutor,
 ) -> None:
-    class Interrupted(asyncio.SelectorEventLoop):
-        interrupts = 0
-
-        def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
-            if self.interrupts:
-                self.interrupts -= 1
-                raise KeyboardInterrupt
-            return super().call_soon_threadsafe(*args, **kwargs)
-
     log = Log()
-    loop = Interrupted()
+    loop = InterruptedLoop()
     gate = Unfuture[None]()
     within: Unfuture[Context] = Unfuture()
 

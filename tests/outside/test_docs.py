@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,30 +139,41 @@ def program_of(page: str, name: str) -> str:
     return program
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
-def test_the_tutorial_s_service_answers_and_stops(tmp_path: Path) -> None:
-    code = program_of("tutorial.md", "service.py")
-    (tmp_path / "service.py").write_text(patient(code))
+# Who starts the tests in the background may have SIGINT ignored.
+HEEDS_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
+@contextlib.contextmanager
+def running(code: str, name: str, folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The program in a file of that name; what it prints is for `communicate()`."""
+    (folder / name).write_text(code)
     with subprocess.Popen(
-        [sys.executable, "service.py", "0"],
-        cwd=tmp_path,
+        [sys.executable, name, *arguments],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    ) as service:
+    ) as program:
         try:
-            assert service.stdout is not None
-            port = int(service.stdout.readline().rpartition(":")[2])
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-            connection.request("GET", "/apple")
-            answer = connection.getresponse()
-            assert answer.status == 200
-            assert json.load(answer) == {"name": "apple", "price": 5, "stock": 50}
-            connection.close()
-            service.send_signal(signal.SIGTERM)
-            stdout, stderr = service.communicate(timeout=PATIENCE)
+            yield program
         finally:
-            service.kill()
+            program.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+def test_the_tutorial_s_service_answers_and_stops(tmp_path: Path) -> None:
+    code = program_of("tutorial.md", "service.py")
+    with running(patient(code), "service.py", tmp_path, "0") as service:
+        assert service.stdout is not None
+        port = int(service.stdout.readline().rpartition(":")[2])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("GET", "/apple")
+        answer = connection.getresponse()
+        assert answer.status == 200
+        assert json.load(answer) == {"name": "apple", "price": 5, "stock": 50}
+        connection.close()
+        service.send_signal(signal.SIGTERM)
+        stdout, stderr = service.communicate(timeout=PATIENCE)
     assert (service.returncode, stdout) == (0, "stopped\n")
     assert '"GET /apple HTTP/1.1" 200' in stderr
 
@@ -172,23 +184,11 @@ def test_the_guide_s_batch_ends_quickly_by_ctrl_c(tmp_path: Path) -> None:
     # The first file is short, and none of the others ends by itself.
     long = code.replace("time.sleep(1)", f"time.sleep({PROGRAM_SECONDS} if number else 0)")
     assert long != code
-    # Who starts the tests in the background may have SIGINT ignored.
-    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    (tmp_path / "batch.py").write_text(heeds + long)
-    with subprocess.Popen(
-        [sys.executable, "batch.py"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as batch:
-        try:
-            assert batch.stdout is not None
-            assert batch.stdout.readline() == "0\n"
-            batch.send_signal(signal.SIGINT)
-            stdout, stderr = batch.communicate(timeout=PATIENCE)
-        finally:
-            batch.kill()
+    with running(HEEDS_CTRL_C + long, "batch.py", tmp_path) as batch:
+        assert batch.stdout is not None
+        assert batch.stdout.readline() == "0\n"
+        batch.send_signal(signal.SIGINT)
+        stdout, stderr = batch.communicate(timeout=PATIENCE)
     assert (batch.returncode, stdout) == (130, "")
     assert stderr == "unsync: the exit lost 999 calls of convert()\n"
 
@@ -203,25 +203,14 @@ def test_flask_s_own_server_waits_for_what_requests_have_begun(
     port = free_port()
     code = program_of("how-to/flask.md", "outbox.py")
     code = patient(code.replace("port=8000", f"port={port}"))
-    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    (tmp_path / "outbox.py").write_text(heeds + code)
-    with subprocess.Popen(
-        [sys.executable, "outbox.py"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as outbox:
-        try:
-            wait_until(lambda: accepts(f"http://127.0.0.1:{port}"), "the server's start")
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-            connection.request("POST", "/messages/1")
-            assert connection.getresponse().status == 202
-            connection.close()
-            outbox.send_signal(number)
-            stdout, _ = outbox.communicate(timeout=PATIENCE)
-        finally:
-            outbox.kill()
+    with running(HEEDS_CTRL_C + code, "outbox.py", tmp_path) as outbox:
+        wait_until(lambda: accepts(f"http://127.0.0.1:{port}"), "the server's start")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("POST", "/messages/1")
+        assert connection.getresponse().status == 202
+        connection.close()
+        outbox.send_signal(number)
+        stdout, _ = outbox.communicate(timeout=PATIENCE)
     assert outbox.returncode == 0
     assert stdout.splitlines()[-1] == "sent 1"  # after what Flask says at its start
 

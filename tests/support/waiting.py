@@ -98,3 +98,15 @@ def collect() -> None:
     """Collects garbage, on interpreters that need more than one round too."""
     for _ in range(3):
         gc.collect()
+
+
+class InterruptedLoop(asyncio.SelectorEventLoop):
+    """Waking it from another thread raises a KeyboardInterrupt, so many times."""
+
+    interrupts = 0
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+        if self.interrupts:
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+        return super().call_soon_threadsafe(*args, **kwargs)
