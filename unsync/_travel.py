@@ -118,11 +118,17 @@ def _peel(found: object) -> object:
 def reference_to(function: Callable[..., Any], has_our_main: bool = False) -> Any:
     """What to pickle in place of `function`; whoever unpickles it gets what can be called.
 
-    What has no name to be found by (partials, instances, bound methods) travels by its own pickle.
+    What has no name to be found by (instances, bound methods) travels by its own pickle; so does a
+    partial, but for a function in it that is found below a decorator.
 
     :param has_our_main: whether the process that it goes to can import this program's main module.
     :raises pickle.PicklingError: if the function can go neither by reference nor by value.
     """
+    if type(function) is partial:
+        below = reference_to(function.func, has_our_main)
+        if isinstance(below, Reference) and below._peels:
+            return partial(below, *function.args, **function.keywords)
+        return function
     module = getattr(function, "__module__", None)
     qualname = getattr(function, "__qualname__", None)
     reference = None

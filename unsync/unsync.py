@@ -628,8 +628,8 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
     functions, methods, static- and classmethods (or below those two), builtins,
     `functools.partial` and other callable objects.
 
-    A function that is marked already is marked anew, with the options that are given now; if none
-    are, with those that it has.
+    A function that is marked already, or a bound method or `functools.partial` of one, is marked
+    anew, with the options that are given now; if none are, with those that it has.
 
     :param func: the function to mark; left out in the forms with parentheses.
     :param cpu_bound: run it in a process.
@@ -670,11 +670,15 @@ class _Marked(Launcher[P, T], metaclass=_Settings):
         function, binding = _unbind(func)
         wrapped = function
         inner: _Marked[..., Any] | None = None  # whose options are taken
-        if isinstance(wrapped, _Marked) and type(wrapped).__call__ is Launcher.__call__:
+        below, marked = _unmarked(function)
+        if marked is not None:
             # What that gives would be an Unfuture within an Unfuture.
-            func, function, binding = _below(wrapped, binding)
+            if marked is function:
+                func, function, binding = _below(marked, binding)
+            else:
+                func = function = below
             if not cpu_bound and executor is None and read_ahead is None:
-                inner = wrapped
+                inner = marked
                 _, cpu_bound, executor, read_ahead = inner._marking
         if not callable(function):
             raise TypeError(f"unsync() marks functions and other callables, not {func!r}")
@@ -959,6 +963,26 @@ def _unbind(func: Any) -> tuple[Any, int]:
     if isinstance(func, classmethod):
         return func.__func__, BIND_CLASS
     return func, BIND_INSTANCE
+
+
+def _unmarked(function: Any) -> tuple[Any, _Marked[..., Any] | None]:
+    """`function` with what is marked in it replaced by the function beneath, and the marked one.
+
+    It may be a bound method or a `functools.partial` of one.
+    """
+    marked: _Marked[..., Any] | None = None
+    if isinstance(function, _Marked):
+        # A subclass may have its own way to be called.
+        if type(function).__call__ is Launcher.__call__:
+            return function.__wrapped__, function
+    elif isinstance(function, types.MethodType):
+        below, marked = _unmarked(function.__func__)
+        # A bound method would be found by its name in another process, and be the marked one there.
+        function = functools.partial(below, function.__self__)
+    elif isinstance(function, functools.partial):
+        below, marked = _unmarked(function.func)
+        function = functools.partial(below, *function.args, **function.keywords)
+    return function, marked
 
 
 def _below(marked: _Marked[..., Any], binding: int) -> tuple[Any, Any, int]:

@@ -425,6 +425,7 @@ async def async_values() -> AsyncIterator[int]:
         unsync(functools.partial(async_where, 1)),
         unsync(AsyncCallable()),
         unsync(unsync(async_where)),
+        unsync(WithAsyncMethods().regular),
         WithAsyncMethods.regular,
         WithAsyncMethods().regular,
         WithAsyncMethods().above,
@@ -444,7 +445,6 @@ def test_a_coroutine_function_says_that_it_is_awaited(marked: object) -> None:
         unsync(values),
         unsync(async_values),
         unsync(contextlib.asynccontextmanager(async_values)),
-        unsync(WithAsyncMethods().regular),
     ],
 )
 def test_others_do_not(marked: object) -> None:
@@ -587,6 +587,39 @@ def test_methods_that_are_marked_again() -> None:
     assert service.around_class().result(PATIENCE) is Service
     assert service.static().result(PATIENCE) == "static"
     assert service.around_static().result(PATIENCE) == "static"
+
+
+def test_marking_what_binds_arguments_of_a_marked_function_marks_the_function_beneath() -> None:
+    class Service:
+        @unsync
+        def regular(self, x: int) -> tuple[object, int]:
+            return self, x
+
+        @unsync
+        async def coroutine(self, x: int) -> tuple[object, int]:
+            return self, x
+
+        @unsync
+        @classmethod
+        def of_class(cls, x: int) -> tuple[object, int]:
+            return cls, x
+
+    service: Any = Service()
+    for again, owner in [
+        (unsync(service.regular), service),
+        (unsync(service.coroutine), service),
+        (unsync(service.of_class), Service),
+        (unsync(functools.partial(Service.regular, service)), service),
+        (unsync(functools.partial(service.coroutine)), service),
+        (unsync(functools.partial(functools.partial(service.regular), x=1)), service),
+    ]:
+        args = () if "x" in getattr(again.__wrapped__, "keywords", {}) else (1,)
+        assert again(*args).result(PATIENCE) == (owner, 1)
+    with pytest.raises(TypeError, match=r"coroutine function .* marked with executor="):
+        unsync(service.coroutine, executor=Inline())
+    executor = Inline()
+    elsewhere = unsync(functools.partial(unsync(where, executor=executor), "value"))
+    assert elsewhere().result(PATIENCE)[1] is threading.current_thread()
 
 
 def test_a_subclass_that_has_its_own_way_to_be_called_is_left_alone() -> None:

@@ -64,6 +64,15 @@ def marked_again(x: int) -> int:
     return x * x
 
 
+class Power:
+    def __init__(self, exponent: int) -> None:
+        self.exponent = exponent
+
+    @unsync
+    def of(self, x: int) -> int:
+        return int(x**self.exponent)
+
+
 class OddError(Exception):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, number)
@@ -1102,6 +1111,9 @@ def test_functions_that_are_marked_anew_for_a_process(
     result, pid = in_a_thread_first(3).result(PATIENCE)
     assert (result, pid == os.getpid()) == (9, False)
     assert marked_again(3).result(PATIENCE) == 9
+    # Whose method is found by its name there, and is the marked one.
+    assert unsync(Power(3).of, cpu_bound=True)(2).result(PATIENCE) == 8
+    assert unsync(functools.partial(Power(3).of, 2), cpu_bound=True)().result(PATIENCE) == 8
 
 
 # What no longer works where Python itself would fork.
