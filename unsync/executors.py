@@ -14,7 +14,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from functools import lru_cache, partial
 from time import sleep
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 from unsync import _common, _travel
@@ -632,6 +632,19 @@ def in_thread_of_a_pool() -> bool:
     if any(thread in executor._threads for executor in list(_thread_executors)):
         return True
     return _manages_processes(thread)
+
+
+def in_call_elsewhere() -> bool:
+    """Whether an executor that is not ours makes a call of ours in this thread.
+
+    The thread's frames tell, so that the calls pay nothing for it.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _travel.ContextCall.__call__.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _manages_processes(thread: threading.Thread) -> bool:

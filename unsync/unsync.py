@@ -229,7 +229,7 @@ def _check_may_drain(name: str, timeout: float | None, option: str = "") -> None
     :raises RuntimeError: if it must not: it would wait for itself, or keep a loop from its work.
     """
     _ambient.check_not_inside(name)
-    if executors.in_thread_of_a_pool():
+    if executors.in_thread_of_a_pool() or executors.in_call_elsewhere():
         raise RuntimeError(
             f"unsync.{name}() cannot be called in a thread of a pool: it would wait for itself"
         )
@@ -586,8 +586,9 @@ class _Settings(type):
 
         :param timeout: how many seconds to wait; None for as long as it takes.
         :returns: whether all of it has ended; False after `timeout` seconds.
-        :raises RuntimeError: in `unsync.thread`, in a thread of a pool and where an event loop
-            runs, which must not wait: there it is `await asyncio.to_thread(unsync.drain, timeout)`.
+        :raises RuntimeError: where it must not wait: in `unsync.thread`, in a thread of a pool, in
+            a call that another executor makes, and where an event loop runs: there it is
+            `await asyncio.to_thread(unsync.drain, timeout)`.
         :raises ValueError: if `timeout` is nan.
         """
         return _drain(timeout)

@@ -638,6 +638,26 @@ def test_not_in_a_thread_of_a_pool() -> None:
     drain().result(PATIENCE)
 
 
+@pytest.mark.parametrize("chunksize", [None, 2])
+def test_not_in_a_call_that_another_executor_makes(chunksize: int | None) -> None:
+    class Other(concurrent.futures.Executor):
+        """One whose threads nobody knows."""
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            return pool.submit(*args, **kwargs)
+
+    def drain(_: object) -> None:
+        with pytest.raises(RuntimeError, match="a thread of a pool"):
+            unsync.drain()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for executor in (pool, Other()):
+            marked = unsync(drain, executor=executor)
+            marked(0).result(PATIENCE)
+            for call in unsync.calls(marked, range(3), chunksize=chunksize):
+                call.result(PATIENCE)
+
+
 def test_not_where_an_event_loop_runs() -> None:
     done: list[int] = []
 
