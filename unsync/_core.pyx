@@ -3147,8 +3147,6 @@ cdef class Unfuture(_Item):
             warn_if_it_blocks(loop)
         try:
             if this_worker is NULL:
-                if timeout is None:
-                    self.linger()
                 released = blocked.wait(timeout)
             else:
                 released = (<_Worker>this_worker).wait(self, blocked, timeout)
@@ -3161,16 +3159,6 @@ cdef class Unfuture(_Item):
             raise cancelled_error(blocked.request.message, False)
         if load(&self._status) < CANCELLED:
             raise TimeoutError(f"no outcome after {timeout} seconds: {self!r}")
-        return 0
-
-    cdef int linger(self) except -1:
-        batch = None
-        lock(self)
-        if self._kind == SHARE:
-            batch = self._source
-        unlock(self)
-        if batch is not None:
-            batch.linger()
         return 0
 
     cdef int check_fork(self) except -1:
@@ -3636,12 +3624,6 @@ cdef class Batch:
         :raises pickle.PicklingError: if nothing of it can travel.
         """
         raise NotImplementedError
-
-    def linger(self):
-        """For a thread of no pool that is about to wait for one of the calls, without a timeout.
-
-        It may be kept here for a little while longer than until that one is done.
-        """
 
     def fail(self, job, exc):
         """Asked for its result, the job has raised this, or the thread was interrupted."""

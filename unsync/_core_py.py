@@ -2480,9 +2480,6 @@ class Unfuture(_Future[T]):
         worker = _this_worker()
         try:
             if worker is None:
-                source = self._source
-                if timeout is None and isinstance(source, Batch):
-                    source.linger()
                 released = blocked.wait(timeout)
             else:
                 released = worker.wait(self, blocked, timeout)
@@ -2842,12 +2839,6 @@ class Batch:
         :raises pickle.PicklingError: if nothing of it can travel.
         """
         raise NotImplementedError
-
-    def linger(self) -> None:
-        """For a thread of no pool that is about to wait for one of the calls, without a timeout.
-
-        It may be kept here for a little while longer than until that one is done.
-        """
 
     def fail(self, job: Unfuture[Any] | concurrent.futures.Future[Any], exc: BaseException) -> None:
         """Asked for its result, the job has raised this, or the thread was interrupted."""

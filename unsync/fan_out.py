@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
-import math
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
-from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from itertools import chain, islice, repeat, starmap
 from types import TracebackType
 from typing import Any, TypeVar, cast, final
@@ -52,14 +49,6 @@ _MOST_GROWN = 256
 # Not less than so many calls of a stream are on their way in chunks, so that small ones, too, are
 # launched several at a time: each time wakes the threads of the executor.
 _READ_AHEAD = 4096
-
-# While chunks come back quickly, a thread that waits for one is woken for so many of them at once,
-# or after so many seconds: each time it is woken it takes the GIL from the thread that brings them,
-# and where calls are small that is the one for which all others wait.
-_TOGETHER = 16
-_LINGER = 0.003
-# Quickly: within so many seconds.
-_QUICK = 0.0005
 
 _PLAIN: frozenset[type] = frozenset(_travel._PLAIN)
 
@@ -144,10 +133,9 @@ def make_calls(
         chunksize = _share(len(read), target.workers)
         items = iter(read)
     chunks: list[_Followed] = []
-    pace = _Pace()
+    context = copy_context()
     while part := [*islice(items, chunksize)]:
-        chunks.append(_Followed(target, part, pace))
-    pace.left.extend(repeat(None, len(chunks)))
+        chunks.append(_Followed(target, part, context))
     shares: list[list[Unfuture[Any]]] = []
     # What a pool of processes takes out of its line at once: they begin while the rest is made.
     first = target.workers + 1
@@ -223,11 +211,6 @@ def _check(what: str, iterables: tuple[Iterable[Any], ...], chunksize: object) -
 
 def _share(length: int, workers: int) -> int:
     return max(1, min(_MOST, -(-length // (workers * _SHARES))))
-
-
-def _together(chunks: int) -> int:
-    """For how many a thread is woken at once: few enough that the others keep the workers busy."""
-    return max(1, min(_TOGETHER, chunks // 4))
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Unfuture[Any]:
@@ -400,73 +383,16 @@ class _Chunk(Batch):
             return _common.FAILED, error
 
 
-class _Pace:
-    """How quickly the chunks of `unsync.calls` come back, and the thread that waits for several."""
-
-    __slots__ = ("context", "gap", "last", "left", "lull", "wanted")
-
-    def __init__(self) -> None:
-        # Of who makes the calls.
-        self.context = copy_context()
-        # As many as are to come.
-        self.left: deque[None] = deque()
-        # The others are for guesses, and any thread may write them: the worst that can come of it
-        # is that somebody lingers, or does not. When the last one came, and how long after the one
-        # before it, in seconds.
-        self.last = self.gap = math.inf
-        # What a thread waits in, and for how many more.
-        self.lull: threading.Lock | None = None
-        self.wanted = 0
-
-    def note(self) -> None:
-        """One has come, says the thread that brought it."""
-        now = _common.monotonic()
-        _common.take(self.left)
-        self.gap = abs(now - self.last)
-        self.last = now
-        self.wanted -= 1
-        lull = self.lull
-        if self.wanted <= 0 and lull is not None:
-            self.lull = None
-            with suppress(RuntimeError):  # another thread has done so
-                lull.release()
-
-    def linger(self) -> None:
-        """Waits until several have come, or a little while, if they come quickly."""
-        wanted = _together(len(self.left))
-        quickly = self.gap < _QUICK and _common.monotonic() - self.last < _QUICK
-        if self.lull is not None or wanted == 1 or not quickly:
-            return
-        lull = threading.Lock()
-        lull.acquire()
-        self.wanted = wanted
-        self.lull = lull
-        have_come = False
-        try:
-            have_come = lull.acquire(timeout=_LINGER)
-        finally:
-            if not have_come:
-                self.gap = math.inf
-                if self.lull is lull:
-                    self.lull = None
-
-
 @final
 class _Followed(_Chunk):
     """One whose calls have Unfutures."""
 
-    __slots__ = ("pace",)
+    __slots__ = ("context",)
 
-    def __init__(self, target: Target, items: list[Any], pace: _Pace) -> None:
+    def __init__(self, target: Target, items: list[Any], context: Context) -> None:
         super().__init__(target, items)
-        self.pace = pace
-
-    def end(self, job: _Job) -> None:
-        super().end(job)
-        self.pace.note()
-
-    def linger(self) -> None:
-        self.pace.linger()
+        # Of who makes the calls.
+        self.context = context
 
     def __call__(self) -> None:
         call: Unfuture[Any] | None = None
@@ -513,7 +439,7 @@ class _Followed(_Chunk):
                 self.fail_call(call, failure)
 
     def fail_call(self, call: Unfuture[Any], failure: BaseException) -> None:
-        call._fail_in(self.pace.context, failure)
+        call._fail_in(self.context, failure)
 
 
 class _ByValue(bytes):

@@ -535,8 +535,7 @@ class _Settings(type):
 
         As if each call were made alone, but calls to processes, and to any executor that is no
         `ThreadExecutor`, travel in chunks: which pays for many small ones. Each has its own
-        outcome; also that it was refused. While chunks come back quickly, whoever waits for one
-        call without a timeout is woken for several chunks at once, up to 3 milliseconds late.
+        outcome; also that it was refused.
 
         :param function: a marked function, or a method or `functools.partial` of one.
         :param chunksize: how many calls go together; None for about four chunks to each worker,
