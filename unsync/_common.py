@@ -663,8 +663,13 @@ def is_unseen_message(text: str) -> bool:
 
 
 def is_of_the_exit(exc: BaseException) -> bool:
+    """Whether it may come of what this exit has ended, if it came after that has begun."""
+    return isinstance(exc, concurrent.futures.BrokenExecutor) or came_too_late(exc)
+
+
+def came_too_late(exc: BaseException) -> bool:
     """Whether it only says that its work came too late for this interpreter."""
-    if isinstance(exc, (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError)):
+    if isinstance(exc, concurrent.futures.CancelledError):
         return True
     return isinstance(exc, RuntimeError) and "after interpreter shutdown" in str(exc)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from unsync._common import (
     CANCELLED,
     FAILED,
     FINISHED,
+    came_too_late,
     is_of_the_exit,
     log_unseen_failure,
     logger,
@@ -156,7 +158,9 @@ class End:
             coroutines = ambient.given_up
         lost = [call for call in dict.fromkeys([*functions, *coroutines]) if _is_lost(call)]
         self._tell_of_losses(lost)
-        for call in lost:  # a thread of the program may wait for it, and Python for that thread
+        for call in lost:
+            take_unseen(call)  # it is told with the others
+            # A thread of the program may wait for it, and Python for that thread.
             call._complete(CANCELLED, "the interpreter exits")
 
     def _tell_of_losses(self, lost: list[Unfuture[Any]]) -> None:
@@ -196,7 +200,10 @@ def report_failures() -> None:
     kinds: dict[tuple[str, type], list[tuple[Unfuture[Any], BaseException]]] = {}
     for unfuture in all_unfutures():
         failure = take_unseen(unfuture)
-        if failure is not None and id(failure) not in known and not is_of_the_exit(failure):
+        if failure is None or came_too_late(failure):
+            continue
+        # A pool that breaks gives all of its calls the same one.
+        if id(failure) not in known or isinstance(failure, BrokenExecutor):
             known.add(id(failure))
             kind = name_of_call(unfuture) or type(unfuture).__name__, type(failure)
             kinds.setdefault(kind, []).append((unfuture, failure))

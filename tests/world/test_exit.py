@@ -1193,6 +1193,56 @@ def test_failures_are_told_at_the_end_by_function_and_kind(run_python: Run) -> N
     assert done.returncode == 0
 
 
+BREAKS = (
+    FAILS
+    + """
+import os
+
+
+@unsync(cpu_bound=True)
+def save(number):
+    if number == 3:
+        os._exit(3)
+    return number
+
+
+if __name__ == "__main__":
+    calls = unsync.calls(save, range(100), chunksize=1)
+    unsync.drain()
+"""
+)
+
+
+def test_calls_that_a_worker_s_death_has_failed_are_told_at_the_end(run_python: Run) -> None:
+    done = run_python(BREAKS)
+    assert done.returncode == 0
+    assert done.stderr.count("Unfuture exception was never retrieved\n") == 3
+    assert re.search(
+        r"\nand \d+ more calls of save\(\) failed with BrokenProcessPool\n", done.stderr
+    )
+
+
+def test_also_those_that_failed_with_what_has_ended_the_program(run_python: Run) -> None:
+    done = run_python(BREAKS + "    for call in calls:\n        call.result()\n")
+    assert done.returncode == 1
+    _, _, rest = done.stderr.rpartition("BrokenProcessPool: ")
+    line = r"nobody looked at it: \d\d calls of save\(\) failed with BrokenProcessPool"
+    assert re.fullmatch(line, rest.splitlines()[-1])
+
+
+def test_a_thread_pool_that_is_broken_is_told_at_the_end(run_python: Run) -> None:
+    program = """
+from concurrent.futures import ThreadPoolExecutor
+
+def start():
+    raise OSError("no licence")
+
+unsync.thread_executor = ThreadPoolExecutor(1, initializer=start)
+calls = [load(1), load(2)]
+"""
+    assert "BrokenThreadPool: " in run_python(FAILS + program).stderr
+
+
 def test_after_an_uncaught_traceback_few_lines_follow(run_python: Run) -> None:
     program = """
 def main():
