@@ -3159,6 +3159,11 @@ cdef class Unfuture(_Item):
             raise cancelled_error(blocked.request.message, False)
         if load(&self._status) < CANCELLED:
             raise TimeoutError(f"no outcome after {timeout} seconds: {self!r}")
+        if load(&self._status) == FAILED:
+            # A Ctrl-C that another thread has received may be what the failure comes of: a worker
+            # process died of it. Raised after the failure, it would strike in whatever the program
+            # or Python itself does with that.
+            PyErr_CheckSignals()
         return 0
 
     cdef int check_fork(self) except -1:

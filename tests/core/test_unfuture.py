@@ -652,6 +652,36 @@ def test_ctrl_c_interrupts_the_wait(call: str, run_python: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("call", ["result(60)", "exception(60)", "result()"])
+def test_a_ctrl_c_comes_before_the_failure_that_ends_the_wait(run_python: Any, call: str) -> None:
+    """Such as that of a pool whose worker died of the same Ctrl-C."""
+    done = run_python(
+        f"""
+        import signal, threading, time
+        from unsync import Unfuture
+
+        unfuture = Unfuture()
+
+        def fail():
+            time.sleep(0.1)  # the main thread waits by now, or else sees the signal earlier
+            signal.raise_signal(signal.SIGINT)  # which does not wake the main thread
+            unfuture.set_exception(OSError("broken"))
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=fail).start()
+        try:
+            try:
+                unfuture.{call}
+            except BaseException as exc:
+                print(type(exc).__name__)
+        except KeyboardInterrupt:
+            print("too late")
+        """
+    )
+    assert done.stdout == "KeyboardInterrupt\n", done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_signal_handler_may_finish_what_the_main_thread_waits_for(run_python: Any) -> None:
     done = run_python(
         """
