@@ -58,6 +58,8 @@ class End:
         self._began = monotonic()
         self._until = None if timeout is None else self._began + timeout
         self._has_told = False
+        # A Ctrl-C came between two waits; the step that it came in is taken once more.
+        self.is_interrupted = False
         # Nothing is waited for any more.
         self._gave_up = False
 
@@ -67,7 +69,7 @@ class End:
             return
         with Drain(None, only_functions=True) as drain:
             try:
-                if self._wait_for(drain):
+                if not self.is_interrupted and self._wait_for(drain):
                     return
             except KeyboardInterrupt:
                 pass
@@ -143,7 +145,6 @@ class End:
 
         :param functions: those whose calls have not ended.
         """
-        self._gave_up = True
         _common.exiting = True
         executors.cancel_queued()
         self._pool.stop(0)
@@ -162,6 +163,7 @@ class End:
             take_unseen(call)  # it is told with the others
             # A thread of the program may wait for it, and Python for that thread.
             call._complete(CANCELLED, "the interpreter exits")
+        self._gave_up = True
 
     def _tell_of_losses(self, lost: list[Unfuture[Any]]) -> None:
         if lost:

@@ -324,16 +324,29 @@ def _the_end() -> package._exit.End:
     return _end
 
 
+def _take_step(step: Callable[[package._exit.End], None]) -> None:
+    """Of the end. A Ctrl-C at any point of it ends what it waits for, and not the step itself."""
+    interrupted = False
+    while True:
+        try:
+            end = _the_end()
+            end.is_interrupted |= interrupted
+            step(end)
+            return
+        except KeyboardInterrupt:
+            interrupted = True
+
+
 def _finish_functions() -> None:
-    _the_end().finish_functions()
+    _take_step(lambda end: end.finish_functions())
 
 
 def _finish_processes() -> None:
-    _the_end().finish_processes()
+    _take_step(lambda end: end.finish_processes())
 
 
 def _finish() -> None:
-    _the_end().finish()
+    _take_step(lambda end: end.finish())
 
 
 def _import_before_fork() -> None:

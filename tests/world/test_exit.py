@@ -1154,6 +1154,45 @@ def test_a_coroutine_that_fails_when_it_is_cancelled_is_reported_once(run_python
     assert done.stderr.count("ValueError: mine\n") == 1
 
 
+STRUCK = """
+import os
+import signal
+import sys
+import threading
+
+from unsync import unsync
+
+gate = threading.Event()
+own = tuple(os.path.join("unsync", name) for name in ("_drain.py", "_exit.py"))
+left = {step}
+
+
+@unsync
+def wait():
+    gate.wait({patience})
+
+
+def strike(frame, event, arg):
+    global left
+    if frame.f_code.co_filename.endswith(own):
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return strike
+
+
+calls = [wait() for _ in range(40)]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.settrace(strike)
+"""
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 10, 20, 50, 100, 200])
+def test_a_ctrl_c_at_any_step_of_the_exit_ends_its_wait(run_python: Run, step: int) -> None:
+    done = run_python(STRUCK.format(step=step, patience=PATIENCE))
+    assert re.fullmatch(r"unsync: the exit lost \d+ calls of wait\(\)\n", done.stderr), done.stderr
+
+
 # Failures that nobody looked at.
 
 FAILS = """
