@@ -174,7 +174,7 @@ def reference_to(function: Callable[..., Any], has_our_main: bool = False) -> An
     ) from missing
 
 
-_INSTALL = "pip install 'unsync[cloudpickle]'"
+_INSTALL = "pip install cloudpickle"
 
 
 def main_s_file() -> str | None:

@@ -202,17 +202,25 @@ def test_flask_s_own_server_waits_for_what_requests_have_begun(
     skip_without("flask")
     port = free_port()
     code = program_of("how-to/flask.md", "outbox.py")
-    code = patient(code.replace("port=8000", f"port={port}"))
+    code = patient(code.replace("8000", str(port)))
+    at_work = "    if number == 2:\n        print('at work', flush=True)\n        time.sleep(1)\n"
+    code = "import time\n" + code.replace("    send(number)", at_work + "    send(number)")
     with running(HEEDS_CTRL_C + code, "outbox.py", tmp_path) as outbox:
         wait_until(lambda: accepts(f"http://127.0.0.1:{port}"), "the server's start")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         connection.request("POST", "/messages/1")
         assert connection.getresponse().status == 202
         connection.close()
+        connection.request("POST", "/messages/2")
+        assert outbox.stdout is not None
+        lines = iter(outbox.stdout.readline, "")
+        assert "at work\n" in lines
         outbox.send_signal(number)
+        assert connection.getresponse().status == 202
+        connection.close()
         stdout, _ = outbox.communicate(timeout=PATIENCE)
     assert outbox.returncode == 0
-    assert stdout.splitlines()[-1] == "sent 1"  # after what Flask says at its start
+    assert stdout.splitlines()[-1] == "sent 2"
 
 
 @once

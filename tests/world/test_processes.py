@@ -747,7 +747,7 @@ def test_the_call_says_what_cannot_go_and_why_and_what_to_do(
     assert f"cannot send the function '{name}' to another process" in message
     assert why in message
     assert "Define it at the top level of a module" in message
-    assert "pip install 'unsync[cloudpickle]'" in message
+    assert "pip install cloudpickle" in message
     assert "leave cpu_bound=True away" in message
 
 
@@ -816,7 +816,7 @@ def test_what_was_typed_at_a_prompt_is_a_clear_error() -> None:
     error, result = done.stdout.splitlines()
     assert "cannot find the function 'typed'" in error
     assert "typed in at a prompt" in error
-    assert "pip install 'unsync[cloudpickle]'" in error
+    assert "pip install cloudpickle" in error
     assert result == "6"
 
 

@@ -185,7 +185,7 @@ def test_without_cloudpickle_what_was_typed_is_an_error_that_names_it_and_the_ex
     done = at_a_prompt(program, "stdin")
     assert done.stderr == ""
     assert "cannot find the function 'typed' in the module '__main__'" in done.stdout
-    assert "pip install 'unsync[cloudpickle]'" in done.stdout
+    assert "pip install cloudpickle" in done.stdout
 
 
 # Reference or value.
@@ -259,7 +259,7 @@ def test_without_cloudpickle_the_call_says_what_cannot_go_and_why_and_names_the_
     for error, (name, why) in zip(errors, expected, strict=True):
         assert f"cannot send the function '{name}' to another process" in error
         assert why in error
-        assert "pip install 'unsync[cloudpickle]'" in error
+        assert "pip install cloudpickle" in error
 
 
 class Shape:
