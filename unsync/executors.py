@@ -480,6 +480,8 @@ def submit_to(
             future.__class__ = _CalmFuture
     if isinstance(future, Unfuture):
         return future
+    if not isinstance(future, concurrent.futures.Future) and not _common.is_asyncio_future(future):
+        raise TypeError(f"submit() of {executor!r} gave no future, but {future!r}")
     if batch is not None:
         counter.start()
         batch.counter = counter

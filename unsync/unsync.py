@@ -440,6 +440,11 @@ class _Settings(type):
             (near,) = difflib.get_close_matches(name, dir(cls), 1) or [""]
             hint = f"; did you mean {near!r}?" if near else ""
             raise AttributeError(f"unsync has no setting {name!r}{hint}")
+        if name in ("loop", "thread"):
+            raise AttributeError(
+                f"unsync.{name} is what the first call starts, and cannot be set; "
+                "unsync.loop_factory says which event loop that is"
+            )
         super().__setattr__(name, value)
 
     @property

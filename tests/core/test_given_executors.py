@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures.thread import BrokenThreadPool
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support.waiting import PATIENCE
@@ -127,6 +128,18 @@ def test_what_is_no_executor_is_a_type_error_that_names_it(mark: Any, thing: obj
             marked()
         assert repr(thing) in str(info.value)
         assert repr(give) in str(info.value)
+
+
+def test_one_whose_submit_gives_no_future_is_named() -> None:
+    executor = Mock(spec=Executor)
+    marked = unsync(int, executor=executor)
+    pending = unsync.stats().executors.pending
+    with pytest.raises(TypeError, match=r"submit\(\) of <Mock .* gave no future, but <Mock "):
+        marked()
+    [call] = unsync.calls(marked, ["1"])
+    with pytest.raises(TypeError, match="gave no future"):
+        call.result(PATIENCE)
+    assert unsync.stats().executors.pending == pending
 
 
 @in_each_place

@@ -336,6 +336,12 @@ def test_deleting_the_loop_factory_brings_the_default_back() -> None:
     assert type(unsync.loop) is not CustomLoop
 
 
+@pytest.mark.parametrize("name", ["loop", "thread"])
+def test_what_the_first_call_starts_cannot_be_set(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"unsync\.{name} is what .*unsync\.loop_factory"):
+        setattr(unsync, name, None)
+
+
 def test_a_setting_that_is_misspelt_is_an_error_that_names_the_near_one() -> None:
     settings: Any = unsync
     with pytest.raises(AttributeError, match="'thread_exector'; did you mean 'thread_executor'\\?"):
