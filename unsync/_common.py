@@ -168,7 +168,8 @@ def may_be_reentered(kind: type[asyncio.AbstractEventLoop]) -> bool | None:
 
 
 # What waits for its user, not for anything to be done: the coroutines of streams, which rest while
-# nobody takes their values, and of context managers that are entered. Who drains leaves them alone.
+# nobody takes their values, and of context managers that are entered; and what looks for calls that
+# wait for ever. Who drains leaves them alone.
 apart: WeakSet[Unfuture[Any]] = WeakSet()
 
 # Set by the exit handlers, before they break what still runs.
@@ -712,6 +713,7 @@ def waits_for_ever(
         return _waits_for_ever(queued, waits)
 
     call = unfuture_class(look())
+    apart.add(call)
     try:
         found: bool = call.result(LOOK_AGAIN_SECONDS)
     except (TimeoutError, concurrent.futures.CancelledError):

@@ -18,7 +18,7 @@ import pytest
 from support.waiting import PATIENCE, ambient_loop_held, wait_until
 
 import unsync as package
-from unsync import Unfuture, _backend, executors, unsync
+from unsync import Unfuture, _backend, _common, executors, unsync
 from unsync.executors import ThreadExecutor
 
 InThread = Callable[[Callable[[], object]], threading.Thread]
@@ -616,6 +616,19 @@ def test_it_is_over_when_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> N
     assert package._drain._watcher._drains == []
     gate.set()
     waiting.result(PATIENCE)
+
+
+def test_what_looks_for_calls_that_wait_for_ever_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(*_: object) -> bool:
+        names.extend(_backend.name_of_call(each) for each in _common.apart if not each.done())
+        return True
+
+    names: list[str | None] = []
+    monkeypatch.setattr(_common, "_waits_for_ever", look)
+    assert _common.waits_for_ever(Unfuture, {}, [])
+    assert names == ["waits_for_ever.<locals>.look"]
 
 
 def test_not_in_the_ambient_thread() -> None:
