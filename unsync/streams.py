@@ -8,6 +8,7 @@ thread.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast, final
 from unsync import _common
 from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, when_done
 
-__all__ = ["READ_AHEAD", "Stream", "in_ambient_loop", "in_threads"]
+__all__ = ["READ_AHEAD", "Stream", "after_fork", "in_ambient_loop", "in_threads"]
 
 T = TypeVar("T")
 
@@ -29,6 +30,15 @@ READ_AHEAD = 64
 # A loop whose consumer finds values all the time has a turn for others after so many seconds, when
 # what was read ahead has been taken.
 TURN_SECONDS = 0.005
+
+# Not asked for each time: that is a system call.
+_process = os.getpid()
+
+
+def after_fork() -> None:
+    """In the child: streams that were made before are the parent's."""
+    global _process
+    _process = os.getpid()
 
 
 class _Turn:
@@ -62,6 +72,10 @@ class Channel(Generic[T]):
         self.waiters: deque[Unfuture[None]] = deque()
         # Since when consumers have kept the loop of each thread; that thread's own.
         self.kept: dict[int, float] = {}
+        # Nobody wants more of it. Any thread sets it, once.
+        self.closing = False
+        # Where it was made: only there is somebody who makes values.
+        self.process = _process
 
     def find(self) -> bool | None:
         """Whether there is something to take, which it puts there; None if nobody knows yet.
@@ -76,8 +90,8 @@ class Channel(Generic[T]):
         """Has more values made, if there is room for them."""
         raise NotImplementedError
 
-    def close(self) -> Unfuture[None]:
-        """Nobody wants more of it; done when what made the values has ended."""
+    def stop(self) -> Unfuture[None]:
+        """As `close()`, in the process where it was made."""
         raise NotImplementedError
 
     def take_returned(self) -> Any:
@@ -86,11 +100,28 @@ class Channel(Generic[T]):
 
     # For consumers.
 
+    def close(self) -> Unfuture[None]:
+        """Nobody wants more of it; done when what made the values has ended.
+
+        In a forked child that is the parent's concern: the child must touch nothing of it, since
+        threads of the parent may have been at it.
+        """
+        if self.process == _process:
+            return self.stop()
+        self.closing = True
+        self.taken.clear()
+        return Unfuture.from_value(None)
+
     def refill(self) -> Unfuture[None] | bool:
         """Whether there is something to take; an Unfuture if nobody knows before that is done.
 
         :raises BaseException: what ended the stream, once.
+        :raises RuntimeError: in a forked child, unless it was closed.
         """
+        if self.process != _process:
+            if self.closing:
+                return False
+            raise _common.orphan_error("stream")
         found = self.look()
         self.go_on()
         if found is not None:
@@ -211,7 +242,6 @@ class _Generated(Channel[T]):
         # Nobody runs the generator until resume() is called. The producer clears it when it goes
         # on: a Ctrl-C may keep whoever saw it from calling.
         self.resting = False
-        self.closing = False
         self.told_to_close = False  # whether the producer knows by now, or will see
         # Taken by who says that it has ended.
         self.to_end: deque[None] = deque([None])
@@ -268,7 +298,7 @@ class _Generated(Channel[T]):
         # Nobody waits for this one: it only keeps the failure, and reports it if need be.
         settle(self.ended, None if closing else failure)
         if self.closing and not closing:
-            self.ended = Unfuture.from_value(None)  # as `close` does, which may have missed it
+            self.ended = Unfuture.from_value(None)  # as `stop` does, which may have missed it
         self.has_ended = True
         settle(self.closed, failure if closing else None)
         self.wake_all()
@@ -312,7 +342,7 @@ class _Generated(Channel[T]):
         except IndexError:
             return None
 
-    def close(self) -> Unfuture[None]:
+    def stop(self) -> Unfuture[None]:
         """Has the generator closed where it runs; done when that is done."""
         self.closing = True
         self.made.clear()
@@ -545,6 +575,9 @@ class Stream(Generic[T]):
     (`KeyboardInterrupt`, `SystemExit`), or when nobody refers to it any more; a stream to which its
     own generator refers needs one of the former. The generator's `finally` blocks then
     run where the generator runs.
+
+    After a fork the stream, and the generator, are the parent's. Who looks for a value of it in the
+    child gets a `RuntimeError`; closing it there does nothing.
     """
 
     __slots__ = ("__weakref__", "_channel")
@@ -610,7 +643,8 @@ class Stream(Generic[T]):
         """Closes the generator, and waits until its `finally` blocks have run, in a thread.
 
         Values that nobody took are dropped. A coroutine of an async generator that waits is
-        cancelled; a regular generator is closed when it comes to its next value.
+        cancelled; a regular generator is closed when it comes to its next value. In a forked child
+        a stream of the parent is only given up: there is no generator to be closed.
 
         :raises BaseException: what the generator raises while it is closed.
         :raises InvalidStateError: in `unsync.thread`, which must use `aclose()`.
