@@ -797,6 +797,9 @@ class _Outlet(Channel[T]):
 
     # Consumers.
 
+    def name(self) -> str:
+        return self.target.name
+
     def find(self) -> bool | None:
         if not self.stopped:
             self.collect()

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast, final
 
 from unsync import _common
-from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, when_done
+from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, in_home_thread, when_done
 
 __all__ = ["READ_AHEAD", "Stream", "after_fork", "in_ambient_loop", "in_threads"]
 
@@ -92,6 +92,14 @@ class Channel(Generic[T]):
 
     def stop(self) -> Unfuture[None]:
         """As `close()`, in the process where it was made."""
+        raise NotImplementedError
+
+    def stops_at_once(self) -> bool:
+        """Whether closing it is no wait."""
+        return True
+
+    def name(self) -> str:
+        """Of the function that was called, for errors."""
         raise NotImplementedError
 
     def take_returned(self) -> Any:
@@ -187,7 +195,14 @@ class Channel(Generic[T]):
         traceback may be kept, and refers to the stream, which would have its work go on.
 
         :raises BaseException: as `refill()`.
+        :raises InvalidStateError: in `unsync.thread`, whether it would have to wait or not: that
+            is a matter of time.
         """
+        if in_home_thread():
+            raise _common.InvalidStateError(
+                f"'for' or next() on the stream of {self.name()}() in unsync.thread would block "
+                "the ambient event loop; use 'async for' instead, or anext()"
+            )
         try:
             return self.wait_for_more()
         except (KeyboardInterrupt, SystemExit):
@@ -247,7 +262,7 @@ class _Generated(Channel[T]):
         self.to_end: deque[None] = deque([None])
         # How the generator ended; its failure is told to one consumer, in its turn. And that it
         # has: to ask an Unfuture of the plain core took 4 % of what a value takes. Written after
-        # the former.
+        # the former, and after `closed`.
         self.ended: Unfuture[None] = Unfuture()
         self.has_ended = False
         # What it returned, if it did; and that, too, one consumer is told.
@@ -299,8 +314,8 @@ class _Generated(Channel[T]):
         settle(self.ended, None if closing else failure)
         if self.closing and not closing:
             self.ended = Unfuture.from_value(None)  # as `stop` does, which may have missed it
-        self.has_ended = True
         settle(self.closed, failure if closing else None)
+        self.has_ended = True
         self.wake_all()
 
     def is_over(self, producer: Unfuture[None]) -> None:
@@ -341,6 +356,9 @@ class _Generated(Channel[T]):
             return None if self.closing else self.returned.popleft()
         except IndexError:
             return None
+
+    def stops_at_once(self) -> bool:
+        return self.has_ended or self.process != _process
 
     def stop(self) -> Unfuture[None]:
         """Has the generator closed where it runs; done when that is done."""
@@ -396,6 +414,9 @@ class _InThreads(_Generated[T]):
         except BaseException:
             self.close()
             raise
+
+    def name(self) -> str:
+        return _common.name_of(self.generator)
 
     def __reduce__(self) -> NoReturn:
         # Nobody asks a callable for its executor before the first call.
@@ -476,6 +497,9 @@ class _InAmbientLoop(_Generated[T]):
         self.producer = Unfuture(work)
         _common.apart.add(self.producer)
         when_done(self.producer, self.is_over)
+
+    def name(self) -> str:
+        return _common.name_of(self.generator)
 
     async def work(self) -> None:
         try:
@@ -561,6 +585,8 @@ def settle(outcome: Unfuture[None], failure: BaseException | None) -> None:
 class Stream(Generic[T]):
     """The values of a generator that runs elsewhere: `for` in a thread, `async for` in any loop.
 
+    In `unsync.thread`, where marked coroutines run, `for` is always an `InvalidStateError`.
+
     Calling a generator function marked with `@unsync` gives one, and starts the generator at once:
     an async generator in the ambient loop, a regular one in the thread executor, in which one
     thread after the other may take its turns. Up to `read_ahead` values are made before somebody
@@ -603,7 +629,7 @@ class Stream(Generic[T]):
 
         :raises StopIteration: at the end; its value, for the first who comes to the end, is what a
             regular generator returned.
-        :raises InvalidStateError: in `unsync.thread`, if there is none yet: it would wait for ever.
+        :raises InvalidStateError: in `unsync.thread`, which must use `async for` or `anext()`.
         """
         channel = self._channel
         while True:
@@ -647,9 +673,18 @@ class Stream(Generic[T]):
         a stream of the parent is only given up: there is no generator to be closed.
 
         :raises BaseException: what the generator raises while it is closed.
-        :raises InvalidStateError: in `unsync.thread`, which must use `aclose()`.
+        :raises InvalidStateError: in `unsync.thread`, which must use `aclose()`, if the generator
+            has not ended; it is closed nevertheless.
         """
-        closed = self._channel.close()
+        channel = self._channel
+        # Asked before: a generator in a thread may end at any moment.
+        waits = in_home_thread() and not channel.stops_at_once()
+        closed = channel.close()
+        if waits:
+            raise _common.InvalidStateError(
+                f"waiting in unsync.thread until the stream of {channel.name()}() is closed would "
+                "block the ambient event loop; use 'await stream.aclose()' or 'async with' instead"
+            )
         closed._wait(None, cancels=False)
         closed.result()
 
