@@ -617,6 +617,7 @@ class _Streamed(_Chunk):
             return None
         unfuture: Unfuture[Any] = Unfuture(job)
         unfuture._name_function(self.target.below)
+        executors.sizes[unfuture] = self.size
         when_done(unfuture, _look_away)  # the stream alone tells of a failure
         return unfuture
 
