@@ -305,9 +305,9 @@ def refused_running_error(unfuture: Unfuture[Any], status: int) -> RuntimeError:
     )
 
 
-def orphan_error() -> RuntimeError:
+def orphan_error(what: str = "Unfuture") -> RuntimeError:
     return RuntimeError(
-        f"the work behind this Unfuture belongs to the process that forked this one "
+        f"the work behind this {what} belongs to the process that forked this one "
         f"(pid {os.getpid()}) and will never finish here; call the function again"
     )
 

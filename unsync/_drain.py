@@ -295,7 +295,10 @@ def _context_of(task: asyncio.Task[Any]) -> Context | None:
 def summary(unfutures: Sequence[Unfuture[Any]]) -> str:
     """How many calls of which functions: "1 call of f()", "3 calls, 2 of f(), 1 of g()"."""
     # Without a name are those that wait for another one's outcome.
-    names = Counter(name for unfuture in unfutures if (name := name_of_call(unfuture)))
+    names: Counter[str] = Counter()
+    for unfuture in unfutures:
+        if name := name_of_call(unfuture):
+            names[name] += executors.sizes.get(unfuture, 1)
     total = names.total()
     if not total:
         return f"{len(unfutures)} continuations"

@@ -553,6 +553,8 @@ class _Elsewhere:
                 tell(call)
 
 
+# Of what stands in for several calls: how many.
+sizes: weakref.WeakKeyDictionary[Unfuture[Any], int] = weakref.WeakKeyDictionary()
 # All that are alive.
 _elsewhere: dict[int, weakref.ref[_Elsewhere]] = {}
 # Set while somebody drains: told of each of those calls when its executor is through with it.

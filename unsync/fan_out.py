@@ -617,6 +617,7 @@ class _Streamed(_Chunk):
             return None
         unfuture: Unfuture[Any] = Unfuture(job)
         unfuture._name_function(self.target.below)
+        executors.sizes[unfuture] = self.size
         when_done(unfuture, _look_away)  # the stream alone tells of a failure
         return unfuture
 
@@ -680,10 +681,8 @@ class _Outlet(Channel[T]):
         # With so many on their way no more are made: several at a time cost less, but the workers
         # must not run out of them, and what waits for something else must do so all at once.
         self.enough = read_ahead // 2 if most > 1 else read_ahead - max(1, read_ahead // 8)
-        self.pid = os.getpid()
-        # No more calls are made; and no more values are given. Any thread sets them, once.
+        # No more calls are made. Any thread sets it, once.
         self.stopped = False
-        self.closing = False
         # Who reads the iterables, or wants to: the first of these does, and the next fields are its
         # own. The items: None when all is launched, and known, that came of them; how many calls
         # are in the next chunk; how many were launched; and what the iterables raised.
@@ -799,10 +798,8 @@ class _Outlet(Channel[T]):
 
     # Consumers.
 
-    def refill(self) -> Unfuture[None] | bool:
-        if os.getpid() != self.pid:
-            raise _common.orphan_error()
-        return super().refill()
+    def name(self) -> str:
+        return self.target.name
 
     def find(self) -> bool | None:
         if not self.stopped:
@@ -851,7 +848,7 @@ class _Outlet(Channel[T]):
                 return
             part.drop()
 
-    def close(self) -> Unfuture[None]:
+    def stop(self) -> Unfuture[None]:
         self.closing = self.stopped = True
         self.failure = None
         self.drop_all()

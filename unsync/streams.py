@@ -8,6 +8,7 @@ thread.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -18,9 +19,9 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast, final
 
 from unsync import _common
-from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, when_done
+from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, in_home_thread, when_done
 
-__all__ = ["READ_AHEAD", "Stream", "in_ambient_loop", "in_threads"]
+__all__ = ["READ_AHEAD", "Stream", "after_fork", "in_ambient_loop", "in_threads"]
 
 T = TypeVar("T")
 
@@ -29,6 +30,15 @@ READ_AHEAD = 64
 # A loop whose consumer finds values all the time has a turn for others after so many seconds, when
 # what was read ahead has been taken.
 TURN_SECONDS = 0.005
+
+# Not asked for each time: that is a system call.
+_process = os.getpid()
+
+
+def after_fork() -> None:
+    """In the child: streams that were made before are the parent's."""
+    global _process
+    _process = os.getpid()
 
 
 class _Turn:
@@ -62,6 +72,10 @@ class Channel(Generic[T]):
         self.waiters: deque[Unfuture[None]] = deque()
         # Since when consumers have kept the loop of each thread; that thread's own.
         self.kept: dict[int, float] = {}
+        # Nobody wants more of it. Any thread sets it, once.
+        self.closing = False
+        # Where it was made: only there is somebody who makes values.
+        self.process = _process
 
     def find(self) -> bool | None:
         """Whether there is something to take, which it puts there; None if nobody knows yet.
@@ -76,8 +90,16 @@ class Channel(Generic[T]):
         """Has more values made, if there is room for them."""
         raise NotImplementedError
 
-    def close(self) -> Unfuture[None]:
-        """Nobody wants more of it; done when what made the values has ended."""
+    def stop(self) -> Unfuture[None]:
+        """As `close()`, in the process where it was made."""
+        raise NotImplementedError
+
+    def stops_at_once(self) -> bool:
+        """Whether closing it is no wait."""
+        return True
+
+    def name(self) -> str:
+        """Of the function that was called, for errors."""
         raise NotImplementedError
 
     def take_returned(self) -> Any:
@@ -86,11 +108,28 @@ class Channel(Generic[T]):
 
     # For consumers.
 
+    def close(self) -> Unfuture[None]:
+        """Nobody wants more of it; done when what made the values has ended.
+
+        In a forked child that is the parent's concern: the child must touch nothing of it, since
+        threads of the parent may have been at it.
+        """
+        if self.process == _process:
+            return self.stop()
+        self.closing = True
+        self.taken.clear()
+        return Unfuture.from_value(None)
+
     def refill(self) -> Unfuture[None] | bool:
         """Whether there is something to take; an Unfuture if nobody knows before that is done.
 
         :raises BaseException: what ended the stream, once.
+        :raises RuntimeError: in a forked child, unless it was closed.
         """
+        if self.process != _process:
+            if self.closing:
+                return False
+            raise _common.orphan_error("stream")
         found = self.look()
         self.go_on()
         if found is not None:
@@ -156,7 +195,14 @@ class Channel(Generic[T]):
         traceback may be kept, and refers to the stream, which would have its work go on.
 
         :raises BaseException: as `refill()`.
+        :raises InvalidStateError: in `unsync.thread`, whether it would have to wait or not: that
+            is a matter of time.
         """
+        if in_home_thread():
+            raise _common.InvalidStateError(
+                f"'for' or next() on the stream of {self.name()}() in unsync.thread would block "
+                "the ambient event loop; use 'async for' instead, or anext()"
+            )
         try:
             return self.wait_for_more()
         except (KeyboardInterrupt, SystemExit):
@@ -211,13 +257,12 @@ class _Generated(Channel[T]):
         # Nobody runs the generator until resume() is called. The producer clears it when it goes
         # on: a Ctrl-C may keep whoever saw it from calling.
         self.resting = False
-        self.closing = False
         self.told_to_close = False  # whether the producer knows by now, or will see
         # Taken by who says that it has ended.
         self.to_end: deque[None] = deque([None])
         # How the generator ended; its failure is told to one consumer, in its turn. And that it
         # has: to ask an Unfuture of the plain core took 4 % of what a value takes. Written after
-        # the former.
+        # the former, and after `closed`.
         self.ended: Unfuture[None] = Unfuture()
         self.has_ended = False
         # What it returned, if it did; and that, too, one consumer is told.
@@ -268,9 +313,9 @@ class _Generated(Channel[T]):
         # Nobody waits for this one: it only keeps the failure, and reports it if need be.
         settle(self.ended, None if closing else failure)
         if self.closing and not closing:
-            self.ended = Unfuture.from_value(None)  # as `close` does, which may have missed it
-        self.has_ended = True
+            self.ended = Unfuture.from_value(None)  # as `stop` does, which may have missed it
         settle(self.closed, failure if closing else None)
+        self.has_ended = True
         self.wake_all()
 
     def is_over(self, producer: Unfuture[None]) -> None:
@@ -312,7 +357,10 @@ class _Generated(Channel[T]):
         except IndexError:
             return None
 
-    def close(self) -> Unfuture[None]:
+    def stops_at_once(self) -> bool:
+        return self.has_ended or self.process != _process
+
+    def stop(self) -> Unfuture[None]:
         """Has the generator closed where it runs; done when that is done."""
         self.closing = True
         self.made.clear()
@@ -366,6 +414,9 @@ class _InThreads(_Generated[T]):
         except BaseException:
             self.close()
             raise
+
+    def name(self) -> str:
+        return _common.name_of(self.generator)
 
     def __reduce__(self) -> NoReturn:
         # Nobody asks a callable for its executor before the first call.
@@ -446,6 +497,9 @@ class _InAmbientLoop(_Generated[T]):
         self.producer = Unfuture(work)
         _common.apart.add(self.producer)
         when_done(self.producer, self.is_over)
+
+    def name(self) -> str:
+        return _common.name_of(self.generator)
 
     async def work(self) -> None:
         try:
@@ -531,6 +585,8 @@ def settle(outcome: Unfuture[None], failure: BaseException | None) -> None:
 class Stream(Generic[T]):
     """The values of a generator that runs elsewhere: `for` in a thread, `async for` in any loop.
 
+    In `unsync.thread`, where marked coroutines run, `for` is always an `InvalidStateError`.
+
     Calling a generator function marked with `@unsync` gives one, and starts the generator at once:
     an async generator in the ambient loop, a regular one in the thread executor, in which one
     thread after the other may take its turns. Up to `read_ahead` values are made before somebody
@@ -545,6 +601,9 @@ class Stream(Generic[T]):
     (`KeyboardInterrupt`, `SystemExit`), or when nobody refers to it any more; a stream to which its
     own generator refers needs one of the former. The generator's `finally` blocks then
     run where the generator runs.
+
+    After a fork the stream, and the generator, are the parent's. Who looks for a value of it in the
+    child gets a `RuntimeError`; closing it there does nothing.
     """
 
     __slots__ = ("__weakref__", "_channel")
@@ -570,7 +629,7 @@ class Stream(Generic[T]):
 
         :raises StopIteration: at the end; its value, for the first who comes to the end, is what a
             regular generator returned.
-        :raises InvalidStateError: in `unsync.thread`, if there is none yet: it would wait for ever.
+        :raises InvalidStateError: in `unsync.thread`, which must use `async for` or `anext()`.
         """
         channel = self._channel
         while True:
@@ -610,12 +669,22 @@ class Stream(Generic[T]):
         """Closes the generator, and waits until its `finally` blocks have run, in a thread.
 
         Values that nobody took are dropped. A coroutine of an async generator that waits is
-        cancelled; a regular generator is closed when it comes to its next value.
+        cancelled; a regular generator is closed when it comes to its next value. In a forked child
+        a stream of the parent is only given up: there is no generator to be closed.
 
         :raises BaseException: what the generator raises while it is closed.
-        :raises InvalidStateError: in `unsync.thread`, which must use `aclose()`.
+        :raises InvalidStateError: in `unsync.thread`, which must use `aclose()`, if the generator
+            has not ended; it is closed nevertheless.
         """
-        closed = self._channel.close()
+        channel = self._channel
+        # Asked before: a generator in a thread may end at any moment.
+        waits = in_home_thread() and not channel.stops_at_once()
+        closed = channel.close()
+        if waits:
+            raise _common.InvalidStateError(
+                f"waiting in unsync.thread until the stream of {channel.name()}() is closed would "
+                "block the ambient event loop; use 'await stream.aclose()' or 'async with' instead"
+            )
         closed._wait(None, cancels=False)
         closed.result()
 

@@ -378,6 +378,8 @@ def _after_fork() -> None:
     after_fork()
     if "_drain" in vars(package):
         package._drain.after_fork()
+    if "streams" in vars(package):
+        package.streams.after_fork()
     _ambient.after_fork()
     _threads.after_fork()
     _processes.pool.after_fork()

@@ -501,10 +501,90 @@ def test_a_thread_loop_in_the_ambient_loop_is_refused_and_does_not_hang() -> Non
             pass
 
     stream = body()
-    with pytest.raises(asyncio.InvalidStateError, match="use 'await' instead"):
+    with pytest.raises(asyncio.InvalidStateError, match=r"body.*use 'async for' instead"):
         misuse(stream).result(PATIENCE)
     gate.set()
     assert list(stream) == [1]
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: regular(3), "regular"),
+        (lambda: async_(3), "async_"),
+        (lambda: unsync.map(unsync(double), range(3)), "double"),
+        (lambda: unsync.map(unsync(double), range(3), in_order=False), "double"),
+    ],
+)
+@pytest.mark.parametrize("look", [list, next, lambda stream: [*zip(stream, "ab", strict=False)]])
+def test_it_is_refused_as_well_where_there_are_values(
+    look: Callable[[Stream[int]], object], make: Callable[[], Stream[int]], name: str
+) -> None:
+    stream = make()
+    channel: Any = stream._channel
+    if isinstance(channel, streams._Generated):
+        wait_until(lambda: channel.has_ended)
+    else:
+        wait_until(lambda: all(part.is_done() for part in channel.parts()))
+
+    @unsync
+    async def misuse() -> None:
+        look(stream)
+
+    with pytest.raises(
+        asyncio.InvalidStateError,
+        match=rf"stream of {name}\(\) in unsync\.thread .* use 'async for' instead",
+    ):
+        misuse().result(PATIENCE)
+    assert len(list(stream)) == 3
+
+
+def test_a_continuation_is_refused_too() -> None:
+    # It is called in the ambient loop's thread.
+    with pytest.raises(asyncio.InvalidStateError, match="use 'async for' instead"):
+        unsync(double)(1).map(lambda _: list(regular(3))).result(PATIENCE)
+
+
+@both
+def test_closing_in_the_ambient_loop_is_refused_and_goes_on(kind: str) -> None:
+    left = threading.Event()
+
+    def body() -> Iterator[int]:
+        try:
+            yield from range(1000)
+        finally:
+            left.set()
+
+    @unsync
+    async def misuse(stream: Stream[int]) -> None:
+        with stream:
+            assert await anext(stream) == 0
+
+    stream = marked(body, kind)()
+    with pytest.raises(
+        asyncio.InvalidStateError, match=r"stream of .*body\(\) .* use 'await stream\.aclose\(\)'"
+    ):
+        misuse(stream).result(PATIENCE)
+    assert left.wait(PATIENCE)
+    assert list(stream) == []
+
+
+@both
+def test_one_that_has_ended_can_be_closed_in_the_ambient_loop(kind: str) -> None:
+    @unsync
+    async def read_it(stream: Stream[int]) -> list[int]:
+        with stream:
+            return [value async for value in stream]
+
+    def body() -> Iterator[int]:
+        yield from range(100)
+
+    for _ in range(20):
+        assert read_it(marked(body, kind)()).result(PATIENCE) == list(range(100))
 
 
 # Leaving early.

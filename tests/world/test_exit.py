@@ -839,6 +839,23 @@ def test_it_says_that_it_waits_for_the_chunks_of_a_stream_that_was_left(tmp_path
     assert (errors, process.returncode) == ("unsync: the exit lost 1 call of hold()\n", 0)
 
 
+@posix_only
+def test_it_counts_the_calls_in_the_chunks_of_a_stream(tmp_path: Path) -> None:
+    program = LEFT_STREAM.replace('["first", "second"], chunksize=1', "NAMES, chunksize=5").replace(
+        "if __name__", 'NAMES = ["first"] * 5 + ["second"] * 5\n\nif __name__', 1
+    )
+    (tmp_path / "program.py").write_text(program)
+    with subprocess.Popen(
+        [sys.executable, "program.py"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        waits = "unsync: the exit waits for 5 calls of hold() (Ctrl-C ends the wait)\n"
+        assert process.stderr.readline() == waits
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert (errors, process.returncode) == ("unsync: the exit lost 5 calls of hold()\n", 0)
+
+
 INTERRUPTED = """
 import os
 import signal

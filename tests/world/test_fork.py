@@ -535,6 +535,185 @@ assert unfuture.result(60) == "parent"
 """)
 
 
+STREAMS = """
+release = threading.Event()
+
+
+@unsync(read_ahead=2)
+async def async_at_work():
+    while not release.is_set():
+        await asyncio.sleep(0.001)
+    yield from_parent
+
+
+@unsync(read_ahead=2)
+async def async_at_rest():
+    for _ in range(9):
+        yield from_parent
+
+
+@unsync(read_ahead=2)
+def regular_at_work():
+    release.wait(60)
+    yield from_parent
+
+
+@unsync(read_ahead=2)
+def regular_at_rest():
+    for _ in range(9):
+        yield from_parent
+
+
+@unsync
+def called(number):
+    release.wait(60)
+    return from_parent
+
+
+def make_stream(kind):
+    stream = unsync.map(called, range(3)) if kind == "map" else globals()[kind]()
+    while kind.endswith("rest") and not stream._channel.resting:
+        time.sleep(0.001)
+    return stream
+
+
+def is_orphan(exc):
+    return type(exc) is RuntimeError and f"(pid {os.getpid()}) and will never finish" in str(exc)
+
+
+async def read(stream):
+    return [value async for value in stream]
+
+
+async def read_in_a_block(stream):
+    async with stream:
+        return [value async for value in stream]
+
+
+def read_in_a_thread(stream):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(list, stream).result()
+
+
+from_parent = f"from {os.getpid()}"
+"""
+
+STREAM_KINDS = ["async_at_work", "async_at_rest", "regular_at_work", "regular_at_rest", "map"]
+
+
+@pytest.mark.parametrize("kind", STREAM_KINDS)
+def test_a_stream_of_the_parent_fails_in_the_child_and_goes_on_in_the_parent(
+    kind: str, end: Callable[..., str]
+) -> None:
+    end(
+        f"""
+stream = make_stream({kind!r})
+
+def child():
+    try:
+        reader(stream)
+    except RuntimeError as exc:
+        assert is_orphan(exc), exc
+    else:
+        raise AssertionError(reader)
+
+for reader in [
+    list,
+    next,
+    read_in_a_thread,
+    lambda stream: asyncio.run(read(stream)),
+    lambda stream: asyncio.run(read_in_a_block(stream)),
+    lambda stream: unsync(read)(stream).result(60),
+]:
+    fork(child)
+release.set()
+assert {{*stream}} == {{from_parent}}
+""",
+        functions=STREAMS,
+    )
+
+
+@pytest.mark.parametrize("kind", STREAM_KINDS)
+def test_a_stream_of_the_parent_is_left_in_the_child_and_goes_on_in_the_parent(
+    kind: str, end: Callable[..., str]
+) -> None:
+    end(
+        f"""
+stream = make_stream({kind!r})
+
+def child():
+    leave(stream)
+    assert list(stream) == []
+    assert asyncio.run(read(stream)) == []
+    use_all()
+
+def child_that_forgets():
+    global stream
+    del stream
+    gc.collect()
+    assert threading.active_count() == 1
+
+for leave in [
+    lambda stream: stream.close(),
+    lambda stream: asyncio.run(stream.aclose()),
+    lambda stream: unsync(stream.aclose)().result(60),
+    lambda stream: stream.__exit__(None, None, None),
+]:
+    fork(child)
+fork(child_that_forgets)
+release.set()
+assert {{*stream}} == {{from_parent}}
+""",
+        functions=STREAMS,
+    )
+
+
+def test_a_block_of_a_stream_in_which_the_program_forks(end: Callable[..., str]) -> None:
+    out = end(
+        """
+with async_at_rest() as stream:
+    pid = os.fork()
+    if pid:
+        join(pid)
+        assert next(stream) == from_parent
+print("parent" if pid else "child")
+""",
+        functions=STREAMS,
+    )
+    assert out.splitlines() == ["child", "parent"]
+
+
+@pytest.mark.parametrize("kind", ["async_at_work", "regular_at_work", "map"])
+def test_a_thread_of_the_parent_that_waits_for_a_stream_holds_up_no_child(
+    kind: str, end: Callable[..., str]
+) -> None:
+    end(
+        f"""
+stream = make_stream({kind!r})
+found = []
+reader = threading.Thread(target=lambda: found.extend(stream))
+reader.start()
+while not stream._channel.waiters:
+    time.sleep(0.001)
+
+def child():
+    try:
+        next(stream)
+    except RuntimeError as exc:
+        assert is_orphan(exc), exc
+    else:
+        raise AssertionError(stream)
+    stream.close()
+
+fork(child)
+release.set()
+reader.join(60)
+assert {{*found}} == {{from_parent}}
+""",
+        functions=STREAMS,
+    )
+
+
 def test_a_finished_one_keeps_its_outcome(end: Callable[..., str]) -> None:
     end("""
 finished = [coroutine(), function(), process()]
