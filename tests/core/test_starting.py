@@ -507,14 +507,14 @@ def test_a_callable_that_needs_what_it_gives_each_time_is_an_error_that_says_so(
     setting: str | None,
 ) -> None:
     def give() -> ThreadExecutor:
-        function()
+        needs_it()
         return ThreadExecutor(1)
 
     mark: Any = unsync
     if setting is None:
-        function = mark(int, executor=give)
+        needs_it = mark(int, executor=give)
     else:
         setattr(unsync, setting, give)
-        function = mark(int, cpu_bound=setting == "process_executor")
+        needs_it = mark(int, cpu_bound=setting == "process_executor")
     with pytest.raises(RuntimeError, match=r"makes a call .* without end"):
-        function()
+        needs_it()
