@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from unsync._backend import Mailbox, Unfuture, set_home
@@ -68,6 +69,27 @@ def _aside(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     finally:
         selector.select = select
         asyncio._set_running_loop(other)
+
+
+@contextmanager
+def _asyncio_logs_nothing() -> Iterator[None]:
+    """In this thread, which makes a loop while it makes one.
+
+    asyncio logs which selector a new loop has. A log handler that makes a call, and for which this
+    one is made, would be called for it as well, and so on without end.
+    """
+    me = threading.get_ident()
+
+    def is_by_another(_: logging.LogRecord) -> bool:
+        return threading.get_ident() != me
+
+    log = logging.getLogger("asyncio")
+    # As the last one: so no other thread, which logs just now, overlooks one when it is taken off.
+    log.addFilter(is_by_another)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_by_another)
 
 
 class _AmbientLoop:
@@ -314,7 +336,9 @@ class Ambient:
     def _make(self) -> _AmbientLoop:
         """The one that counts."""
         check_threads()
-        loop = (self._factory or asyncio.new_event_loop)()
+        self.lock.check_depth("unsync.loop_factory")
+        with _asyncio_logs_nothing() if self.lock.depth() > 1 else nullcontext():
+            loop = (self._factory or asyncio.new_event_loop)()
         if not isinstance(loop, asyncio.AbstractEventLoop):
             raise TypeError(f"unsync.loop_factory must make an event loop, not {loop!r}")
         # Others may have made one meanwhile: see `Making`. And the factory may know only one.

@@ -973,6 +973,11 @@ class Latch:
         return self._is_set
 
 
+# How many makings of one thing a thread may be in at once. One signal handler or finalizer may come
+# within another, but what comes this often is what making it sets off each time.
+MAKINGS_WITHIN = 8
+
+
 class Making:
     """Held while something is made on first use, by one thread at a time.
 
@@ -1015,6 +1020,18 @@ class Making:
         with suppress(RuntimeError):
             while True:
                 self._lock.release()
+
+    def depth(self) -> int:
+        """How often this thread is within it: what is being made may need what is being made."""
+        return by_this_thread.makings.count(self)
+
+    def check_depth(self, what: str) -> None:
+        """:raises RuntimeError: in the thread that is within it too often."""
+        if self.depth() > MAKINGS_WITHIN:
+            raise RuntimeError(
+                f"{what} makes a call that needs what it is to make; for that it is called again, "
+                "and so on without end. Let it make no such call, or only the first time"
+            )
 
 
 class _ByThisThread(threading.local):

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast, final
@@ -20,6 +21,10 @@ from unsync import _common
 from unsync._backend import Launcher, Unfuture, in_home_thread, when_done
 
 __all__ = ["AmbientContextManager", "start"]
+
+# From Python 3.13 on `uncancel()` takes back a cancel that the task has not heard of. Before, one
+# that is requested again would strike after the timeout that it is of.
+UNCANCEL_TAKES_BACK = sys.version_info >= (3, 13)
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,6 +43,9 @@ class _Host(Generic[T]):
         # The host was cancelled after the body was left, and before it could know that; belongs to
         # the host's task.
         self.cancelled_late = False
+        # A cancel that the manager has not heard of when it was left; belongs to the host's task
+        # until `ended` is done.
+        self.unheard: asyncio.CancelledError | None = None
         work: Any = self.work()
         work.__qualname__ = _name_of(manager)  # which becomes the task's name
         try:
@@ -61,11 +69,12 @@ class _Host(Generic[T]):
         kind = type(self.manager)
         failure: BaseException | None = None
         interruption: BaseException | None = None
+        cancelled: BaseException | None = None
         try:
             try:
                 value = await kind.__aenter__(self.manager)
-            except asyncio.CancelledError as cancelled:
-                self.entered.cancel(*cancelled.args[:1])
+            except asyncio.CancelledError as exc:
+                self.entered.cancel(*exc.args[:1])
                 return False
             except BaseException as exc:
                 if not _set(self.entered.set_exception, _common.without_this_frame(exc)):
@@ -76,7 +85,9 @@ class _Host(Generic[T]):
             else:
                 failure = interruption = asyncio.CancelledError()  # nobody waits for it any more
             del value
-            _common.note_scope_of(failure)  # which goes on cancelling who waits for the end of this
+            # They go on cancelling who waits for the end of this.
+            for cancelled in _chain(failure):
+                _common.note_scope_of(cancelled)
             if self.body_was_cancelled:
                 await _count_as_cancelled()
             if interruption is not None and (_is_no_failure(failure) or self.cancelled_late):
@@ -94,9 +105,11 @@ class _Host(Generic[T]):
                 raise failure
             return bool(suppressed)
         finally:
+            self.unheard = _pending_cancel(asyncio.current_task())
             # A failure's traceback leads to this frame, or to that of `__aenter__`, which in newer
             # Pythons refers to its caller's.
-            del failure, interruption, self
+            cancelled = None
+            del cancelled, failure, interruption, self
 
     async def body(self) -> tuple[BaseException | None, BaseException | None]:
         """What the body was left with, and what cancelled this task meanwhile.
@@ -108,10 +121,19 @@ class _Host(Generic[T]):
             try:
                 return await asyncio.shield(self.left), interruption
             except asyncio.CancelledError as cancelled:
-                self.cancelled_late = self.left.done()
+                left = self.left.done()
+                if left and _says_again(cancelled, self.left.result()):
+                    continue
                 if interruption is None:
                     interruption = cancelled
+                    self.cancelled_late = left
                     self.interrupt()
+                elif left and not _says_again(cancelled, interruption):
+                    # Somebody else's, who cancelled who leaves the body: the manager is to hear of
+                    # it after it has heard that the body was left with the first.
+                    self.cancelled_late = True
+                    _request_again(asyncio.current_task(), cancelled)
+                    return self.left.result(), interruption
                 if _common.exiting:
                     # No body is left that could end but those in daemonic threads, which may never
                     # do so.
@@ -149,25 +171,61 @@ class _HostOfTask(_Host[T]):
             self.task.cancel()
 
     async def leave(self, failure: BaseException | None) -> bool:
-        if isinstance(failure, asyncio.CancelledError):
-            self.body_was_cancelled = _requests(self.task) > self.requests + self.interrupted
+        """As in asyncio the manager has the last word: a cancel that it heard is its business."""
+        self.body_was_cancelled = _requests(self.task) > self.requests + self.interrupted
         self.left.set_result(failure)
+        left_with, failure = failure, None
+        unheard: asyncio.CancelledError | None = None
         try:
-            if not self.interrupted:
-                return await self.ended
-            assert self.task is not None
-            if getattr(self.task, "_must_cancel", False):
-                # The body was left before it heard of it.
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.sleep(0)
+            if self.interrupted:
+                await self.hear_of_interruption()
             try:
                 return await self.ended
-            finally:
-                if self.task.uncancel() > self.requests:
-                    # Somebody else cancelled the task as well, and must not be forgotten.
-                    raise asyncio.CancelledError
+            except asyncio.CancelledError as cancelled:
+                failure = _failure_of(self.ended)
+                if failure is None:
+                    if _requests(self.task) > self.requests + self.interrupted:
+                        if not cancelled.args and isinstance(left_with, asyncio.CancelledError):
+                            return False  # so that one goes on, which may know why
+                        if not _is_of_a_scope(cancelled):
+                            # A scope that cancelled this task does so again in each turn, and
+                            # knows its cancel by what it says.
+                            await asyncio.sleep(0)
+                    raise
+                unheard = cancelled
+            except BaseException as exc:
+                failure = exc
+                unheard = self.unheard
+            if self.interrupted:
+                self.interrupted = False
+                assert self.task is not None
+                self.task.uncancel()
+            if (
+                unheard is not None
+                and _requests(self.task) > self.requests
+                and not _is_of_a_scope(unheard)
+            ):
+                # Nobody has heard of it. A cancel scope would tell again anyway.
+                if not UNCANCEL_TAKES_BACK:
+                    unheard.__context__ = failure
+                    raise unheard
+                _request_again(self.task, unheard)
+            raise failure
         finally:
-            del self  # a failure's traceback leads to this frame
+            if self.interrupted:
+                assert self.task is not None
+                self.task.uncancel()
+            del self, failure, left_with, unheard  # a failure's traceback leads to this frame
+
+    async def hear_of_interruption(self) -> None:
+        """If the body was left before it heard of it."""
+        if _pending_cancel(self.task) is not None:
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError as cancelled:
+                if _requests(self.task) > self.requests + 1:
+                    # Somebody else cancelled the task as well: in its next await.
+                    _request_again(self.task, cancelled)
 
 
 @final
@@ -366,6 +424,46 @@ async def _count_as_cancelled() -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.sleep(0)
+
+
+def _pending_cancel(task: asyncio.Task[Any] | None) -> asyncio.CancelledError | None:
+    """One that the task has not heard of; asked for in the task."""
+    if not getattr(task, "_must_cancel", False):
+        return None
+    message = getattr(task, "_cancel_message", None)
+    return asyncio.CancelledError() if message is None else asyncio.CancelledError(message)
+
+
+def _request_again(task: asyncio.Task[Any] | None, cancelled: asyncio.CancelledError) -> None:
+    """Has the task hear of a cancel in its next await; as asyncio's `TaskGroup` does."""
+    assert task is not None
+    task.uncancel()
+    task.cancel(*cancelled.args[:1])
+
+
+def _is_of_a_scope(cancelled: asyncio.CancelledError) -> bool:
+    return bool(cancelled.args) and _common.is_of_a_scope(cancelled.args[0])
+
+
+def _chain(failure: BaseException | None) -> Iterator[BaseException]:
+    """The failure, and those during whose handling it was raised."""
+    seen: set[int] = set()
+    while failure is not None and id(failure) not in seen:
+        seen.add(id(failure))
+        yield failure
+        failure = failure.__context__
+
+
+def _says_again(cancelled: asyncio.CancelledError, failure: BaseException | None) -> bool:
+    """Whether it is of a cancel scope of which that failure tells already."""
+    return _is_of_a_scope(cancelled) and any(
+        each.args == cancelled.args for each in _chain(failure)
+    )
+
+
+def _failure_of(ended: Unfuture[Any]) -> BaseException | None:
+    """If it has one that is no cancel."""
+    return None if not ended.done() or ended.cancelled() else ended.exception()
 
 
 def _is_no_failure(failure: BaseException | None) -> bool:

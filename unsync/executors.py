@@ -394,6 +394,7 @@ class Given:
             return there
         with self._lock:
             if self._given is there:
+                self._lock.check_depth(self._what)
                 executor = self._give()
                 if not isinstance(executor, concurrent.futures.Executor):
                     raise TypeError(

@@ -8,6 +8,7 @@ import contextvars
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any
 
@@ -567,6 +568,162 @@ def test_who_is_cancelled_while_the_manager_enters_all_the_same_has_it_left() ->
 
     asyncio.run(run(main()))
     assert isinstance(manager.error, asyncio.CancelledError)
+
+
+class Cleaning:
+    """Managers that wait for a cancel when they are left: do they absorb it, and what then."""
+
+    def __init__(self, absorb: bool, failure: Exception | None = None) -> None:
+        self.absorb = absorb
+        self.failure = failure
+        self.begun: Unfuture[None] = Unfuture()
+
+    async def clean(self) -> None:
+        self.begun.set_result(None)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not self.absorb:
+                raise
+        if self.failure is not None:
+            raise self.failure
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def with_a_group(self) -> AsyncIterator[Callable[[], object]]:
+        async def fail() -> None:
+            await lose.wait()
+            raise Boom("lost")
+
+        lose = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            try:
+                yield lambda: unsync.loop.call_soon_threadsafe(lose.set)
+            finally:
+                await self.clean()
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def with_a_timeout(self) -> AsyncIterator[Callable[[], object]]:
+        async with asyncio.timeout(None) as timeout:
+            try:
+                yield lambda: unsync.loop.call_soon_threadsafe(timeout.reschedule, 0)
+            finally:
+                await self.clean()
+
+
+async def cancel_while_it_is_left(
+    cleaning: Cleaning, manager: AmbientContextManager[Callable[[], object]]
+) -> BaseException | None:
+    """What comes out where first the manager cancels the body, and then somebody the whole."""
+
+    async def use() -> None:
+        async with manager as begin:
+            begin()
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(use())
+    await cleaning.begun
+    task.cancel("why")
+    await asyncio.wait([task], timeout=PATIENCE)
+    try:
+        task.result()
+    except BaseException as exc:
+        return exc
+    return None
+
+
+def run_in_foreign_loop(main: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(main)
+
+
+def run_in_ambient_loop(main: Coroutine[Any, Any, Any]) -> Any:
+    return Unfuture(main).result(PATIENCE)
+
+
+in_each_loop = pytest.mark.parametrize("run_in", [run_in_foreign_loop, run_in_ambient_loop])
+
+
+@in_each_loop
+def test_a_failure_of_a_manager_that_heard_of_a_cancel_is_not_lost(
+    run_in: Callable[[Any], BaseException | None],
+) -> None:
+    cleaning = Cleaning(absorb=True)
+    exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_group()))
+    assert isinstance(exc, ExceptionGroup)
+    assert [str(each) for each in exc.exceptions] == ["lost"]
+    cleaning = Cleaning(absorb=True, failure=Boom("on the way out"))
+    exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_timeout()))
+    assert repr(exc) == "Boom('on the way out')"
+
+
+@in_each_loop
+def test_a_group_in_the_manager_that_is_cancelled_after_a_child_failed_raises_the_failure(
+    run_in: Callable[[Any], BaseException | None],
+) -> None:
+    """As asyncio has it, whether the cancel is absorbed or not."""
+    cleaning = Cleaning(absorb=False)
+    exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_group()))
+    assert isinstance(exc, ExceptionGroup)
+    assert [str(each) for each in exc.exceptions] == ["lost"]
+
+
+@in_each_loop
+def test_a_cancel_that_goes_through_the_manager_keeps_its_message(
+    run_in: Callable[[Any], BaseException | None],
+) -> None:
+    cleaning = Cleaning(absorb=False)
+    exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_timeout()))
+    assert repr(exc) == "CancelledError('why')"
+
+
+def test_a_timeout_around_does_not_hide_a_failure_of_the_manager() -> None:
+    cleaning = Cleaning(absorb=True)
+
+    async def main() -> None:
+        async with asyncio.timeout(None) as timeout, cleaning.with_a_group() as begin:
+            loop = asyncio.get_running_loop()
+
+            def strike() -> None:
+                cleaning.begun.result(PATIENCE)
+                loop.call_soon_threadsafe(timeout.reschedule, 0)
+
+            threading.Thread(target=strike).start()
+            begin()
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup):
+        asyncio.run(run(main()))
+
+
+@pytest.mark.parametrize("failure", [None, Boom("in the body")])
+def test_the_manager_knows_who_cancelled_a_body_that_raised_something_else(
+    failure: Exception | None,
+) -> None:
+    """Its timeout is then not the only one to strike."""
+    counts: list[int] = []
+
+    class Counting(Note):
+        async def __aexit__(self, *exc: Any) -> bool:
+            task = asyncio.current_task()
+            assert task is not None
+            counts.append(task.cancelling())
+            return True
+
+    async def main(manager: AbstractAsyncContextManager[Any]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        async with manager:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+            if failure is not None:
+                raise failure
+
+    for manager in (Counting(), AmbientContextManager(Counting())):
+        asyncio.run(main(manager))
+    assert counts == [1, 1]
 
 
 @pytest.mark.alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
@@ -410,3 +411,110 @@ def test_a_factory_that_gives_one_loop_to_two_threads(executor: ThreadExecutor) 
     unsync.loop_factory = factory
     assert one().result(PATIENCE) == 1
     assert unsync.loop is loop
+
+
+@pytest.fixture
+def asyncio_log() -> Iterator[logging.Logger]:
+    """asyncio's logger, which tells everything while the test runs."""
+    log = logging.getLogger("asyncio")
+    level, handlers = log.level, [*log.handlers]
+    log.setLevel(logging.DEBUG)
+    yield log
+    log.setLevel(level)
+    log.handlers[:] = handlers
+
+
+class Shipping(logging.Handler):
+    """Calls for each record, and may wait for the call."""
+
+    def __init__(self, waits: bool) -> None:
+        super().__init__()
+        self.waits = waits
+        self.shipped: list[str] = []
+        self.calls: list[Unfuture[None]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.calls.append(self.ship(record.getMessage()))
+        if self.waits:
+            self.calls[-1].result(PATIENCE)
+
+    @unsync
+    async def ship(self, text: str) -> None:
+        self.shipped.append(text)
+
+
+@pytest.mark.usefixtures("no_loop")
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_log_handler_may_call_for_what_asyncio_logs_while_the_loop_is_made(
+    asyncio_log: logging.Logger, waits: bool
+) -> None:
+    handler = Shipping(waits)
+    asyncio_log.addHandler(handler)
+    for _ in range(2):
+        assert one().result(PATIENCE) == 1
+        assert len(handler.calls) == 1
+        assert handler.calls.pop().result(PATIENCE) is None
+        assert handler.shipped.pop().startswith("Using ")
+        assert not handler.shipped
+        assert unsync.shutdown(PATIENCE)
+    # What others make is logged as before.
+    asyncio.new_event_loop().close()
+    assert handler.calls.pop().result(PATIENCE) is None
+
+
+@pytest.mark.usefixtures("no_loop")
+def test_a_signal_handler_may_wait_while_a_loop_is_made_for_a_log_handler(
+    asyncio_log: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = Shipping(waits=True)
+    asyncio_log.addHandler(handler)
+    real = asyncio.new_event_loop
+    found: list[int] = []
+    made: list[asyncio.AbstractEventLoop] = []
+
+    def make() -> asyncio.AbstractEventLoop:
+        if len(found) < 3:
+            found.append(0)
+            found[found.index(0)] = one().result(PATIENCE)
+        made.append(real())
+        return made[-1]
+
+    monkeypatch.setattr(asyncio, "new_event_loop", make)
+    assert one().result(PATIENCE) == 1
+    assert found == [1, 1, 1]
+    assert [loop for loop in made if not loop.is_closed()] == [unsync.loop]
+    for call in handler.calls:
+        assert call.result(PATIENCE) is None
+
+
+@pytest.mark.usefixtures("no_loop")
+def test_a_factory_that_calls_each_time_is_an_error_that_says_so() -> None:
+    def make() -> asyncio.AbstractEventLoop:
+        one()
+        return asyncio.new_event_loop()
+
+    unsync.loop_factory = make
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"unsync\.loop_factory makes a call .* without end"):
+            one()
+    unsync.loop_factory = None
+    assert one().result(PATIENCE) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("setting", ["thread_executor", "process_executor", None])
+def test_a_callable_that_needs_what_it_gives_each_time_is_an_error_that_says_so(
+    setting: str | None,
+) -> None:
+    def give() -> ThreadExecutor:
+        needs_it()
+        return ThreadExecutor(1)
+
+    mark: Any = unsync
+    if setting is None:
+        needs_it = mark(int, executor=give)
+    else:
+        setattr(unsync, setting, give)
+        needs_it = mark(int, cpu_bound=setting == "process_executor")
+    with pytest.raises(RuntimeError, match=r"makes a call .* without end"):
+        needs_it()

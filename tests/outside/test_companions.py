@@ -676,3 +676,76 @@ def test_what_a_scope_cancels_may_shield_its_cleaning_up() -> None:
         assert cleaned_up == ["coroutine", "manager"]
 
     anyio.run(main)
+
+
+def test_a_scope_around_a_marked_manager_does_not_hide_its_failure() -> None:
+    anyio = pytest.importorskip("anyio")
+    cleans = threading.Event()
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def service() -> AsyncIterator[Any]:
+        async def fail() -> None:
+            await lose.wait()
+            raise OSError("lost")
+
+        lose = asyncio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(fail)
+            try:
+                yield lambda: unsync.loop.call_soon_threadsafe(lose.set)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    cleans.set()
+                    await anyio.sleep(0.05)
+
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            async with service() as begin:
+                loop = asyncio.get_running_loop()
+
+                def strike() -> None:
+                    assert cleans.wait(PATIENCE)
+                    loop.call_soon_threadsafe(scope.cancel)
+
+                threading.Thread(target=strike).start()
+                begin()
+                await anyio.sleep(PATIENCE)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        anyio.run(main)
+    assert [str(each) for each in caught.value.exceptions] == ["lost"]
+
+
+@pytest.mark.parametrize("strikes", [True, False])
+def test_a_scope_knows_its_cancel_when_it_comes_out_of_a_marked_manager(strikes: bool) -> None:
+    """Also where a timeout in the manager strikes as well, and asyncio raises a new one."""
+    anyio = pytest.importorskip("anyio")
+
+    @unsync
+    @contextlib.asynccontextmanager
+    async def service() -> AsyncIterator[None]:
+        async with asyncio.timeout(None) as timeout:
+            try:
+                yield
+            finally:
+                if strikes:
+                    timeout.reschedule(0)
+                    await asyncio.sleep(PATIENCE)
+
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            async with service():
+                scope.cancel()
+                try:
+                    await anyio.sleep(PATIENCE)
+                except asyncio.CancelledError:
+                    raise LookupError from None
+        assert scope.cancelled_caught
+
+    if strikes:
+        anyio.run(main)
+    else:
+        # The body heard of it, and chose to raise something else.
+        with pytest.raises(LookupError):
+            anyio.run(main)
