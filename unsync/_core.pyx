@@ -3260,6 +3260,9 @@ cdef class Unfuture(_Item):
 
     cdef waiting_side(self):
         self.check_fork()
+        side = self.side()
+        if side is not None:
+            return side  # wait() asks five times for each
         side = Waiters(pool_wait)  # made out here: see the head of this file
         lock(self)
         track(self)
