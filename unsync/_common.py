@@ -804,22 +804,29 @@ class Waiters:
 
     def look(self, frame: FrameType, status: int) -> None:
         """This thread sees that status as long as it is in `frame`, or until `look_away`."""
-        self.seen()  # which forgets what an interrupt has left
         if status == CANCELLED:
             # No executor will come to say so, and concurrent.futures would wait for that.
             status = CANCELLED_AND_NOTIFIED
-        self._looks.setdefault(threading.get_ident(), []).append((frame, status))
+        thread = threading.get_ident()
+        looks = self._looks.get(thread)
+        if looks:
+            self.seen()  # which forgets what an interrupt has left
+            looks.append((frame, status))
+        else:
+            self._looks[thread] = [(frame, status)]
 
     def look_away(self) -> None:
         thread = threading.get_ident()
         looks = self._looks.get(thread)
-        if looks:
+        if looks and len(looks) > 1:
             looks.pop()
-        if not looks:
+        else:
             self._looks.pop(thread, None)
 
     def seen(self) -> int | None:
         """The status that this thread sees; None: whatever it is."""
+        if not self._looks:
+            return None
         looks = self._looks.get(threading.get_ident())
         while looks:
             frame, status = looks[-1]

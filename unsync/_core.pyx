@@ -98,6 +98,7 @@ from unsync._common import (
     would_block_error,
     would_deadlock_error,
 )
+from unsync._views import after_fork as views_after_fork
 from unsync._views import asyncio_view, concurrent_view
 
 cdef extern from *:
@@ -480,6 +481,7 @@ def after_fork():
     _generation += 1
     _fork_lock = threading.RLock()
     this_worker = NULL  # its queue has no workers here
+    views_after_fork()
 
 
 # For the usual kind of task, asked without looking the methods up.
@@ -1520,11 +1522,17 @@ cdef _Callback callback_of(function, context, loop):
 def when_done(Unfuture unfuture not None, function):
     """Has the thread that finishes it call `function(unfuture)`, whichever loop may run here.
 
-    At once if it is done.
+    At once if it is done. Gives what `no_more` takes.
     """
     cdef _Callback callback = callback_of(function, None, None)
     callback.own = True
     add_callback(unfuture, callback)
+    return callback
+
+
+def no_more(Unfuture unfuture not None, _Callback callback not None):
+    """Takes out what `when_done` has given, if that still waits; by a finalizer, say."""
+    unfuture.remove_waiter(callback)
 
 
 def name_of_call(Unfuture unfuture not None):
@@ -1586,7 +1594,9 @@ cpdef tell_watcher(Unfuture unfuture):
 
 def when_told(Unfuture unfuture not None, function):
     """The same, but when whoever waits has been told, in turn with the callbacks of others."""
-    add_callback(unfuture, callback_of(function, None, None))
+    cdef _Callback callback = callback_of(function, None, None)
+    add_callback(unfuture, callback)
+    return callback
 
 
 cdef bint add_callback(Unfuture unfuture, _Callback callback) except -1:
@@ -2277,17 +2287,19 @@ cdef class Unfuture(_Item):
     def future(self):
         """A true `asyncio.Future` that shows this one; of the running loop, else the ambient one.
 
-        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        A new one each time, which goes when nobody holds it or waits for it. Outcome and
+        cancellation go both ways, as does what is set.
         """
-        return asyncio_view(self, self.loop_for_view(), when_done, in_worker)
+        return asyncio_view(self, self.loop_for_view(), when_done, no_more, in_worker)
 
     @property
     def concurrent_future(self):
         """A true `concurrent.futures.Future` that shows this one.
 
-        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        A new one each time, which goes when nobody holds it or waits for it. Outcome and
+        cancellation go both ways, as does what is set.
         """
-        return concurrent_view(self, when_done, when_told, in_worker, pool_wait)
+        return concurrent_view(self, when_done, when_told, no_more, in_worker, pool_wait)
 
     def __await__(self):
         """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.
@@ -3253,6 +3265,9 @@ cdef class Unfuture(_Item):
 
     cdef waiting_side(self):
         self.check_fork()
+        side = self.side()
+        if side is not None:
+            return side  # wait() asks five times for each
         side = Waiters(pool_wait)  # made out here: see the head of this file
         lock(self)
         track(self)

@@ -121,6 +121,7 @@ from unsync._common import (
     would_block_error,
     would_deadlock_error,
 )
+from unsync._views import after_fork as views_after_fork
 from unsync._views import asyncio_view, concurrent_view
 
 if TYPE_CHECKING:
@@ -255,6 +256,7 @@ def after_fork() -> None:
     _generation += 1
     _fork_lock = threading.RLock()
     _this.worker = None  # its queue has no workers here
+    views_after_fork()
 
 
 def watch_calls(watcher: Watcher | None) -> None:
@@ -1042,12 +1044,19 @@ class _Callback(_Waiter):
             logger.debug("%r: its loop is closed, the callback is not called", self.function)
 
 
-def when_done(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> None:
+def when_done(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> _Callback:
     """Has the thread that finishes it call `function(unfuture)`, whichever loop may run here.
 
-    At once if it is done.
+    At once if it is done. Gives what `no_more` takes.
     """
-    _add_callback(unfuture, _Callback(function, None, None, own=True))
+    callback = _Callback(function, None, None, own=True)
+    _add_callback(unfuture, callback)
+    return callback
+
+
+def no_more(unfuture: Unfuture[Any], callback: _Callback) -> None:
+    """Takes out what `when_done` has given, if that still waits; by a finalizer, say."""
+    unfuture._remove_waiter(callback)
 
 
 def name_of_call(unfuture: Unfuture[Any]) -> str | None:
@@ -1084,9 +1093,11 @@ def tell_watcher(unfuture: Unfuture[Any]) -> None:
         _context_for(unfuture)
 
 
-def when_told(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> None:
+def when_told(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> _Callback:
     """The same, but when whoever waits has been told, in turn with the callbacks of others."""
-    _add_callback(unfuture, _Callback(function, None, None))
+    callback = _Callback(function, None, None)
+    _add_callback(unfuture, callback)
+    return callback
 
 
 def _add_callback(unfuture: Unfuture[Any], callback: _Callback) -> bool:
@@ -1869,17 +1880,19 @@ class Unfuture(_Future[T]):
     def future(self) -> asyncio.Future[T]:
         """A true `asyncio.Future` that shows this one; of the running loop, else the ambient one.
 
-        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        A new one each time, which goes when nobody holds it or waits for it. Outcome and
+        cancellation go both ways, as does what is set.
         """
-        return asyncio_view(self, self._loop_for_view(), when_done, in_worker)
+        return asyncio_view(self, self._loop_for_view(), when_done, no_more, in_worker)
 
     @property
     def concurrent_future(self) -> concurrent.futures.Future[T]:
         """A true `concurrent.futures.Future` that shows this one.
 
-        A new one each time. Outcome and cancellation go both ways, as does what is set.
+        A new one each time, which goes when nobody holds it or waits for it. Outcome and
+        cancellation go both ways, as does what is set.
         """
-        return concurrent_view(self, when_done, when_told, in_worker, pool_wait)
+        return concurrent_view(self, when_done, when_told, no_more, in_worker, pool_wait)
 
     def __await__(self) -> Generator[Any, None, T]:
         """Suspends the calling coroutine, in whatever loop it runs, until there is an outcome.

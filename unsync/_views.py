@@ -1,7 +1,8 @@
 """Futures of the two classic kinds that show an Unfuture, for code that insists on their classes.
 
-Made only when asked for. The Unfuture stays in charge: what is asked of a view is asked of it, and
-its outcome is the view's.
+Made only when asked for, a new one each time: one that two tasks share would tell both of a cancel
+that came too late for one of them. The Unfuture stays in charge: what is asked of a view is asked
+of it, and its outcome is the view's. It holds a view only while somebody waits for that one.
 
 It is set by the two functions at the end, and is no argument of `__init__`, which anybody can call
 again, with the class itself, say: up to 3.13.0 CPython crashes where code that has called a method
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,8 +38,58 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The core's ways to be told, in the thread that finishes it: before whoever waits, and after.
-WhenDone = Callable[["Unfuture[Any]", Callable[["Unfuture[Any]"], object]], None]
+# The core's ways to be told, in the thread that finishes it: before whoever waits, and after. Both
+# give what `NoMore` takes out again.
+WhenDone = Callable[["Unfuture[Any]", Callable[["Unfuture[Any]"], object]], object]
+NoMore = Callable[["Unfuture[Any]", Any], None]
+
+# How many forks are above this process, and a lock for who finds that there has been one.
+_generation = 0
+_fork_lock = threading.RLock()
+
+
+def after_fork() -> None:
+    """Run in the child."""
+    global _generation, _fork_lock
+    _generation += 1
+    _fork_lock = threading.RLock()
+
+
+class _Teller(weakref.ref[Any]):
+    """What waits at the Unfuture for a view. It is taken out when the view goes.
+
+    Who looks at a view now and then would else leave one there for each look. It holds nothing that
+    leads to the Unfuture, but a view that somebody waits for.
+    """
+
+    __slots__ = ("_no_more", "_place", "_unfuture", "held")
+
+    _no_more: NoMore
+    _place: Any
+    _unfuture: weakref.ref[Unfuture[Any]]
+    held: object
+
+    def attach(self, unfuture: Unfuture[Any], when_done: WhenDone, no_more: NoMore) -> None:
+        self.held = None
+        self._no_more = no_more
+        self._unfuture = weakref.ref(unfuture)
+        self._place = None
+        self._place = when_done(unfuture, self)
+        if unfuture.done():
+            self._place = None  # which leads back to this one, and may have been left before that
+
+    def __call__(self, unfuture: Unfuture[Any]) -> None:  # type: ignore[override]
+        view = super().__call__()
+        self.held = self._place = None
+        if view is not None:
+            view.tell(unfuture)
+
+    def view_is_gone(self) -> None:
+        """Called wherever the last one lets go of it."""
+        place, self._place = self._place, None
+        unfuture = self._unfuture()
+        if place is not None and unfuture is not None:
+            self._no_more(unfuture, place)
 
 
 class _AsyncioView(asyncio.Future[T]):
@@ -44,6 +97,7 @@ class _AsyncioView(asyncio.Future[T]):
 
     _unfuture: Unfuture[T]
     _in_worker: Callable[[], bool]
+    _teller: _Teller | None = None
     # How many callbacks were added in a thread of a pool, whose loop waits by them.
     _waiting: int = 0
     # The last one whose answer comes later. They are answered in the order they were made, so if
@@ -93,13 +147,19 @@ class _AsyncioView(asyncio.Future[T]):
         self, fn: Callable[[Any], object], /, *, context: Context | None = None
     ) -> None:
         super().add_done_callback(fn, context=context)
-        if not self.done() and self._in_worker():
+        if self.done():
+            return
+        if self._teller is not None:
+            self._teller.held = self
+        if self._in_worker():
             self._waiting += 1
             if self._waiting == 1:
                 self._unfuture.add_done_callback(self._end_wait)
 
     def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
         removed = super().remove_done_callback(fn)
+        if self._teller is not None and not self._callbacks:
+            self._teller.held = None
         if self._waiting:
             self._waiting = max(self._waiting - removed, 0)
             if not self._waiting:
@@ -132,6 +192,8 @@ class _AsyncioView(asyncio.Future[T]):
         status, outcome = self._unfuture._peek()
         if status < CANCELLED:
             return
+        if self._teller is not None:
+            self._teller.held = None
         if self._request is not None and self._request.was_lost():
             super().cancel(self._request.message)
         elif status == FINISHED:
@@ -147,6 +209,36 @@ class _ConcurrentView(concurrent.futures.Future[T]):
     _unfuture: Unfuture[T]
     _in_worker: Callable[[], bool]
     _waiters: list[Any]  # for wait() and as_completed()
+    _pool_wait: PoolWait
+    _when_told: WhenDone
+    _teller: _Teller | None = None
+    _generation: int = 0
+    # Whether it is held until it has called its callbacks. Who does has a mark in `__dict__`.
+    _is_held: bool = False
+
+    if not TYPE_CHECKING:
+        # In `__dict__`, as in the parent. Whatever asks for its state takes this first.
+
+        @property
+        def _condition(self) -> threading.Condition:
+            if self._generation != _generation:
+                self._disown()
+            return self.__dict__["_condition"]
+
+        @_condition.setter
+        def _condition(self, condition: threading.Condition) -> None:
+            self.__dict__["_condition"] = condition
+
+    def _disown(self) -> None:
+        """In a forked child: what its Unfuture has become there; who waited is with the parent."""
+        with _fork_lock:
+            if self._generation != _generation:
+                # A thread of the parent may have been in the middle of it.
+                self._condition = threading.Condition()
+                self._waiters = WaiterList(self._pool_wait)
+                self._generation = _generation
+        if self._unfuture.done():
+            self.follow()
 
     def cancel(self) -> bool:
         return self._unfuture.cancel()
@@ -186,13 +278,21 @@ class _ConcurrentView(concurrent.futures.Future[T]):
         return self._unfuture._get_snapshot()
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        if not self._is_held and not self.done():
+            # First: once it is done, `fn` is called there and then.
+            self._when_told(self._unfuture, self.call_back)
+            self._is_held = True
         super().add_done_callback(fn)
         # By asyncio.wrap_future(), say: a loop that runs in a thread of a pool waits by it.
         if not self.done() and self._in_worker() and running_loop() is not None:
             self._unfuture.add_done_callback(_end_wait)
 
-    def follow(self, _: object = None) -> None:
-        """Called by the thread that finished the Unfuture, and by those who waited for it."""
+    def tell(self, unfuture: Unfuture[T]) -> None:
+        """Called by the thread that finished the Unfuture."""
+        self.follow()
+
+    def follow(self) -> None:
+        """Called by who has come upon the Unfuture's end: the thread that finished it, others."""
         if self.done() and not self.cancelled():
             return
         status, outcome = self._unfuture._peek()
@@ -218,6 +318,9 @@ class _ConcurrentView(concurrent.futures.Future[T]):
         self.follow()
         if not self.done():
             return  # it is too early
+        mark = object()
+        if self.__dict__.setdefault("_caller", mark) is not mark:
+            return  # two threads had it held
         raised: BaseException | None = None
         for callback in self._done_callbacks:  # type: ignore[attr-defined]
             try:
@@ -234,19 +337,29 @@ def _end_wait(unfuture: Unfuture[Any]) -> None:
     """The Unfuture has told the pool."""
 
 
+def _follow_or_wait(
+    view: _AsyncioView[T] | _ConcurrentView[T],
+    when_done: WhenDone,
+    no_more: NoMore,
+) -> None:
+    if view._unfuture.done():
+        view.follow()  # here and now: nobody else has it yet
+    else:
+        view._teller = _Teller(view, _Teller.view_is_gone)
+        view._teller.attach(view._unfuture, when_done, no_more)
+
+
 def asyncio_view(
     unfuture: Unfuture[T],
     loop: asyncio.AbstractEventLoop,
     when_done: WhenDone,
+    no_more: NoMore,
     in_worker: Callable[[], bool],
 ) -> asyncio.Future[T]:
     view: _AsyncioView[T] = _AsyncioView(loop=loop)
     view._unfuture = unfuture
     view._in_worker = in_worker
-    if unfuture.done():
-        view.follow()  # here and now: nobody else has it yet
-    else:
-        when_done(unfuture, view.tell)
+    _follow_or_wait(view, when_done, no_more)
     return view
 
 
@@ -254,16 +367,16 @@ def concurrent_view(
     unfuture: Unfuture[T],
     when_done: WhenDone,
     when_told: WhenDone,
+    no_more: NoMore,
     in_worker: Callable[[], bool],
     pool_wait: PoolWait,
 ) -> concurrent.futures.Future[T]:
     view: _ConcurrentView[T] = _ConcurrentView()
     view._unfuture = unfuture
     view._in_worker = in_worker
+    view._pool_wait = pool_wait
+    view._when_told = when_told
+    view._generation = _generation
     view._waiters = WaiterList(pool_wait)
-    if unfuture.done():
-        view.follow()  # nobody else has it yet
-    else:
-        when_done(unfuture, view.follow)
-        when_told(unfuture, view.call_back)
+    _follow_or_wait(view, when_done, no_more)
     return view

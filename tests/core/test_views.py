@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.waiting import PATIENCE, wait_until, wait_until_suspended
+from support.waiting import PATIENCE, collect, wait_until, wait_until_suspended
 
 from unsync import Unfuture, unsync
 
@@ -258,7 +258,80 @@ def test_an_executor_of_ones_own_may_serve_a_concurrent_view() -> None:
         failing.result(PATIENCE)
 
 
+def test_a_concurrent_view_calls_its_callbacks_though_nobody_holds_it() -> None:
+    unfuture: Unfuture[int] = Unfuture()
+    called: list[Any] = []
+    unfuture.concurrent_future.add_done_callback(called.append)
+    unfuture.concurrent_future.add_done_callback(called.append)
+    collect()
+    unfuture.set_result(42)
+    assert [view.result(0) for view in called] == [42, 42]
+    unfuture.concurrent_future.add_done_callback(called.append)
+    assert called[2].result(0) == 42
+
+
+def test_each_callback_of_a_concurrent_view_is_called_once() -> None:
+    unfuture: Unfuture[int] = Unfuture()
+    view = unfuture.concurrent_future
+    called: list[int] = []
+
+    def first(view: concurrent.futures.Future[int]) -> None:
+        called.append(1)
+        view.add_done_callback(lambda _: called.append(2))
+
+    view.add_done_callback(first)
+    view.add_done_callback(lambda _: called.append(3))
+    unfuture.set_result(42)
+    view.add_done_callback(lambda _: called.append(4))
+    assert called == [1, 2, 3, 4]
+
+
+def test_callbacks_that_come_while_it_ends_are_called_once() -> None:
+    for _ in range(200):
+        unfuture: Unfuture[int] = Unfuture()
+        view = unfuture.concurrent_future
+        called: list[int] = []
+
+        def add(view: concurrent.futures.Future[int] = view, called: list[int] = called) -> None:
+            view.add_done_callback(lambda _: called.append(1))
+
+        threads = [threading.Thread(target=add) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        unfuture.set_result(42)
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert called == [1, 1]
+
+
 # Of both.
+
+
+def test_an_asyncio_view_that_somebody_waits_for_stays() -> None:
+    unfuture: Unfuture[int] = Unfuture()
+    called: list[Any] = []
+
+    async def wait() -> int:
+        return await unfuture.future
+
+    async def main() -> None:
+        unfuture.future.add_done_callback(called.append)
+        view = unfuture.future
+        view.add_done_callback(called.append)
+        assert view.remove_done_callback(called.append) == 1
+        view.add_done_callback(called.append)
+        del view
+        # Only the view leads to this task: the loop holds its tasks weakly.
+        asyncio.ensure_future(wait()).add_done_callback(called.append)
+        for _ in range(3):
+            await asyncio.sleep(0)
+            collect()
+        unfuture.set_result(42)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert [future.result() for future in called] == [42, 42, 42]
 
 
 def test_a_view_that_is_told_too_early_stays_pending() -> None:

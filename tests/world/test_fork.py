@@ -1230,3 +1230,63 @@ def test_a_child_is_given_an_executor_of_its_own_and_nothing_hangs(
     done = run_python(program, "-W", "ignore:This process:DeprecationWarning")
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+def test_a_view_that_was_taken_before_fails_in_the_child_too(end: Callable[..., str]) -> None:
+    end("""
+sleep = unsync(asyncio.sleep)
+calls = [sleep(3600) for _ in range(5)]
+by_hand = Unfuture()
+waited, completed, polled, awaited, locked = views = [call.concurrent_future for call in calls]
+of_by_hand, told = by_hand.concurrent_future, []
+of_by_hand.add_done_callback(told.append)
+
+def is_orphan(failure):
+    return type(failure) is RuntimeError and "forked" in str(failure)
+
+async def wait_for_it():
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(awaited), 60)
+    except RuntimeError as exc:
+        assert is_orphan(exc)
+    else:
+        raise AssertionError(awaited)
+
+def child():
+    assert concurrent.futures.wait([waited], 60).done == {waited}
+    assert list(concurrent.futures.as_completed([completed], 60)) == [completed]
+    until = time.monotonic() + 60
+    while not polled.done():
+        assert time.monotonic() < until
+    asyncio.run(wait_for_it())
+    assert concurrent.futures.wait([locked], 60).done == {locked}
+    assert all(is_orphan(view.exception(0)) for view in views)
+    called = []
+    waited.add_done_callback(called.append)
+    assert called == [waited]
+    # Nothing of the parent's is behind this one.
+    assert not of_by_hand.done()
+    by_hand.set_result(1)
+    assert told == [of_by_hand]
+    assert concurrent.futures.wait([of_by_hand], 60).done == {of_by_hand}
+
+has_locked, may_let_go = threading.Event(), threading.Event()
+
+def lock():
+    with locked._condition:
+        has_locked.set()
+        may_let_go.wait(60)
+
+thread = threading.Thread(target=lock)
+thread.start()
+has_locked.wait(60)
+fork(child)
+may_let_go.set()
+thread.join()
+assert not any(view.done() for view in (*views, of_by_hand))
+by_hand.set_result(2)
+assert told == [of_by_hand]
+for call in calls:
+    call.cancel()
+assert concurrent.futures.wait(views, 60).done == set(views)
+""")

@@ -23,6 +23,7 @@ from support.waiting import (
 )
 
 from unsync import AmbientContextManager, Unfuture, unsync
+from unsync._views import _Teller
 from unsync.executors import SingleThreadExecutor, ThreadExecutor
 
 
@@ -140,6 +141,78 @@ def test_what_a_concurrent_future_gives_is_in_no_reference_cycle() -> None:
     references = [weakref.ref(unfuture), weakref.ref(unfuture.result(PATIENCE))]
     del unfuture, future
     wait_until_gone(*references)
+
+
+def looks_by_concurrent_wait(unfuture: Unfuture[Any]) -> weakref.ref[Any]:
+    view = unfuture.concurrent_future
+    assert not concurrent.futures.wait([view], timeout=0).done
+    return weakref.ref(view)
+
+
+def looks_by_concurrent_result(unfuture: Unfuture[Any]) -> weakref.ref[Any]:
+    view = unfuture.concurrent_future
+    with pytest.raises(TimeoutError):
+        view.result(0)
+    return weakref.ref(view)
+
+
+def looks_by_asyncio_wait(unfuture: Unfuture[Any]) -> weakref.ref[Any]:
+    async def main() -> weakref.ref[Any]:
+        view = unfuture.future
+        finished, _ = await asyncio.wait([view], timeout=0)
+        assert not finished
+        return weakref.ref(view)
+
+    return asyncio.run(main())
+
+
+def looks_by_shield(unfuture: Unfuture[Any]) -> weakref.ref[Any]:
+    async def main() -> weakref.ref[Any]:
+        view = unfuture.future
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(view), 0)
+        return weakref.ref(view)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        looks_by_concurrent_wait,
+        looks_by_concurrent_result,
+        looks_by_asyncio_wait,
+        looks_by_shield,
+    ],
+)
+def test_looking_at_a_pending_one_by_views_leaves_nothing(
+    look: Callable[[Unfuture[Any]], weakref.ref[Any]],
+) -> None:
+    unfuture: Unfuture[Any] = Unfuture()
+    references = [look(unfuture) for _ in range(3)]
+    collect()  # a closed loop is in a cycle, and so is what pytest.raises() caught
+    wait_until_gone(*references)
+    assert [each for each in gc.get_objects() if type(each) is _Teller] == []
+    unfuture.set_result(1)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_view_that_nobody_holds_goes_at_once_and_one_that_was_told_too() -> None:
+    unfuture: Unfuture[Any] = Unfuture()
+    views: list[Any] = [unfuture.concurrent_future, unfuture.concurrent_future]
+    called: list[object] = []
+    views[1].add_done_callback(called.append)
+    references = [weakref.ref(view) for view in views]
+    del views[0]
+    wait_until_gone(references[0])
+    unfuture.set_result(1)
+    views.clear()
+    assert len(called) == 1
+    called.clear()
+    reference = weakref.ref(unfuture)
+    del unfuture
+    wait_until_gone(reference, references[1])
+    assert [each for each in gc.get_objects() if type(each) is _Teller] == []
 
 
 def finished_by_hand(value: object) -> None:
