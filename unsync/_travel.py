@@ -402,9 +402,7 @@ def run(name: str, parcel: bytes) -> object:
                     pickle.loads(_dumps_by_reference(exc))
                 except Exception:
                     # The executor will pickle what is raised in its own way, which cannot do that.
-                    error = _told(
-                        _Carrier("what is above is carried in a way of its own", carried), exc
-                    )
+                    error = _carrier_of(exc, carried)
                 else:
                     raise
         else:
@@ -622,11 +620,28 @@ class _Parcel:
 class _Carrier(Exception):
     """A pickled exception, which whoever unpickles the carrier gets."""
 
-    def __init__(self, message: str, pickled: bytes) -> None:
-        super().__init__(message)
-        self._pickled = pickled
+    _pickled: bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
         import pickle
 
         return pickle.loads, (self._pickled,)
+
+
+def _carrier_of(failure: BaseException, pickled: bytes) -> _Carrier:
+    """One that looks like the failure: the executor sends its traceback along, as text."""
+    kind = type(failure)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    text = repr(failure)
+    with suppress(Exception):
+        text = str(failure)
+    carrier: _Carrier = type(kind.__name__, (_Carrier,), names)(text)
+    carrier._pickled = pickled
+    if isinstance(failure, BaseExceptionGroup):
+        _told(carrier, failure)
+    else:
+        carrier.__cause__, carrier.__context__ = failure.__cause__, failure.__context__
+        carrier.__suppress_context__ = failure.__suppress_context__
+        for note in getattr(failure, "__notes__", ()):
+            carrier.add_note(note)
+    return carrier.with_traceback(failure.__traceback__)

@@ -220,6 +220,10 @@ def test_an_exception_that_pickle_cannot_make_anew_comes_back_all_the_same(
         assert (second.errno, second.filename, second.place) == (2, "here", "here")
     if way == "call":
         assert "in fail_oddly" in str(error.__cause__)
+        assert "Carrier" not in str(error.__cause__)
+    if (way, kind) == ("call", "alone"):  # as if it had travelled by itself
+        assert str(error.__cause__).count("OddlyMadeError: bad\n") == 1
+        assert "RuntimeError" not in str(error.__cause__)
 
 
 async def add_one(number: int) -> int:
