@@ -124,7 +124,7 @@ def reference_to(function: Callable[..., Any], has_our_main: bool = False) -> An
     :param has_our_main: whether the process that it goes to can import this program's main module.
     :raises pickle.PicklingError: if the function can go neither by reference nor by value.
     """
-    if type(function) is partial:
+    if isinstance(function, partial):
         below = reference_to(function.func, has_our_main)
         if isinstance(below, Reference) and below._peels:
             return partial(below, *function.args, **function.keywords)
