@@ -1522,11 +1522,14 @@ cdef _Callback callback_of(function, context, loop):
 def when_done(Unfuture unfuture not None, function):
     """Has the thread that finishes it call `function(unfuture)`, whichever loop may run here.
 
-    At once if it is done. Gives what `no_more` takes.
+    If it is done it is called here and now. What a signal handler raises in there is raised here,
+    and not logged as of a callback: who has not done its part, waking a consumer say, must know.
+    Gives what `no_more` takes.
     """
     cdef _Callback callback = callback_of(function, None, None)
     callback.own = True
-    add_callback(unfuture, callback)
+    if not unfuture.add_waiter(callback):
+        function(unfuture)
     return callback
 
 

@@ -1047,10 +1047,13 @@ class _Callback(_Waiter):
 def when_done(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> _Callback:
     """Has the thread that finishes it call `function(unfuture)`, whichever loop may run here.
 
-    At once if it is done. Gives what `no_more` takes.
+    If it is done it is called here and now. What a signal handler raises in there is raised here,
+    and not logged as of a callback: who has not done its part, waking a consumer say, must know.
+    Gives what `no_more` takes.
     """
     callback = _Callback(function, None, None, own=True)
-    _add_callback(unfuture, callback)
+    if not unfuture._add_waiter(callback):
+        function(unfuture)
     return callback
 
 

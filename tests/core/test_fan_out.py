@@ -820,6 +820,32 @@ def test_several_consumers_share_the_values(
         assert sorted(found) == [10 * x for x in range(500)]
 
 
+def test_what_is_raised_as_a_consumer_hears_of_a_call_that_is_done_is_raised_by_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a signal handler. So far it was logged, and the consumer waited for ever."""
+    answers = [False]
+    failures = [TimeoutError()]
+
+    def is_done(part: fan_out._Single) -> bool:
+        return answers.pop() if answers else part.job.done()
+
+    def arrive(outlet: fan_out._InOrder[int], part: fan_out._Part) -> None:
+        if failures:
+            raise failures.pop()
+        hear(outlet, part)
+
+    hear = fan_out._InOrder.arrive
+    monkeypatch.setattr(fan_out._Single, "is_done", is_done)
+    monkeypatch.setattr(fan_out._InOrder, "arrive", arrive)
+    stream = unsync.map(unsync(plain), range(3))
+    channel: Any = stream._channel
+    wait_until(lambda: all(part.job.done() for part in channel.line), "the calls")
+    with pytest.raises(TimeoutError):
+        next(stream)
+    assert list(stream) == [0, 10, 20]
+
+
 @pytest.mark.parametrize("cls", [ThreadExecutor, concurrent.futures.ThreadPoolExecutor])
 def test_a_shutdown_cancels_what_waits(cls: type[concurrent.futures.ThreadPoolExecutor]) -> None:
     executor = cls(1)
