@@ -642,6 +642,7 @@ def _carrier_of(failure: BaseException, pickled: bytes) -> _Carrier:
     else:
         carrier.__cause__, carrier.__context__ = failure.__cause__, failure.__context__
         carrier.__suppress_context__ = failure.__suppress_context__
-        for note in getattr(failure, "__notes__", ()):
-            carrier.add_note(note)
+        with suppress(Exception):  # somebody may have put anything there
+            for note in getattr(failure, "__notes__", ()):
+                carrier.add_note(note)
     return carrier.with_traceback(failure.__traceback__)
