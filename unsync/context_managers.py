@@ -69,7 +69,6 @@ class _Host(Generic[T]):
         kind = type(self.manager)
         failure: BaseException | None = None
         interruption: BaseException | None = None
-        cancelled: BaseException | None = None
         try:
             try:
                 value = await kind.__aenter__(self.manager)
@@ -85,9 +84,7 @@ class _Host(Generic[T]):
             else:
                 failure = interruption = asyncio.CancelledError()  # nobody waits for it any more
             del value
-            # They go on cancelling who waits for the end of this.
-            for cancelled in _chain(failure):
-                _common.note_scope_of(cancelled)
+            _note_scopes_of(failure)
             if self.body_was_cancelled:
                 await _count_as_cancelled()
             if interruption is not None and (_is_no_failure(failure) or self.cancelled_late):
@@ -108,8 +105,7 @@ class _Host(Generic[T]):
             self.unheard = _pending_cancel(asyncio.current_task())
             # A failure's traceback leads to this frame, or to that of `__aenter__`, which in newer
             # Pythons refers to its caller's.
-            cancelled = None
-            del cancelled, failure, interruption, self
+            del failure, interruption, self
 
     async def body(self) -> tuple[BaseException | None, BaseException | None]:
         """What the body was left with, and what cancelled this task meanwhile.
@@ -170,9 +166,13 @@ class _HostOfTask(_Host[T]):
             self.interrupted = True
             self.task.cancel()
 
+    def is_cancelled(self) -> bool:
+        """Whether somebody has cancelled the body's task since it began, and not the host alone."""
+        return _requests(self.task) > self.requests + self.interrupted
+
     async def leave(self, failure: BaseException | None) -> bool:
         """As in asyncio the manager has the last word: a cancel that it heard is its business."""
-        self.body_was_cancelled = _requests(self.task) > self.requests + self.interrupted
+        self.body_was_cancelled = self.is_cancelled()
         self.left.set_result(failure)
         left_with, failure = failure, None
         unheard: asyncio.CancelledError | None = None
@@ -184,7 +184,7 @@ class _HostOfTask(_Host[T]):
             except asyncio.CancelledError as cancelled:
                 failure = _failure_of(self.ended)
                 if failure is None:
-                    if _requests(self.task) > self.requests + self.interrupted:
+                    if self.is_cancelled():
                         if not cancelled.args and isinstance(left_with, asyncio.CancelledError):
                             return False  # so that one goes on, which may know why
                         if not _is_of_a_scope(cancelled):
@@ -196,15 +196,7 @@ class _HostOfTask(_Host[T]):
             except BaseException as exc:
                 failure = exc
                 unheard = self.unheard
-            if self.interrupted:
-                self.interrupted = False
-                assert self.task is not None
-                self.task.uncancel()
-            if (
-                unheard is not None
-                and _requests(self.task) > self.requests
-                and not _is_of_a_scope(unheard)
-            ):
+            if unheard is not None and self.is_cancelled() and not _is_of_a_scope(unheard):
                 # Nobody has heard of it. A cancel scope would tell again anyway.
                 if not UNCANCEL_TAKES_BACK:
                     unheard.__context__ = failure
@@ -223,9 +215,8 @@ class _HostOfTask(_Host[T]):
             try:
                 await asyncio.sleep(0)
             except asyncio.CancelledError as cancelled:
-                if _requests(self.task) > self.requests + 1:
-                    # Somebody else cancelled the task as well: in its next await.
-                    _request_again(self.task, cancelled)
+                if self.is_cancelled():
+                    _request_again(self.task, cancelled)  # in its next await
 
 
 @final
@@ -452,6 +443,12 @@ def _chain(failure: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(failure))
         yield failure
         failure = failure.__context__
+
+
+def _note_scopes_of(failure: BaseException | None) -> None:
+    """They go on cancelling who waits for the end of this task."""
+    for each in _chain(failure):
+        _common.note_scope_of(each)
 
 
 def _says_again(cancelled: asyncio.CancelledError, failure: BaseException | None) -> bool:
