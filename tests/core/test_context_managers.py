@@ -646,27 +646,24 @@ in_each_loop = pytest.mark.parametrize("run_in", [run_in_foreign_loop, run_in_am
 
 
 @in_each_loop
-def test_a_failure_of_a_manager_that_heard_of_a_cancel_is_not_lost(
-    run_in: Callable[[Any], BaseException | None],
+@pytest.mark.parametrize("absorb", [True, False])
+def test_a_group_in_the_manager_that_is_cancelled_after_a_child_failed_raises_the_failure(
+    run_in: Callable[[Any], BaseException | None], absorb: bool
 ) -> None:
-    cleaning = Cleaning(absorb=True)
+    """As asyncio has it, whether the cancel is absorbed or not."""
+    cleaning = Cleaning(absorb)
     exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_group()))
     assert isinstance(exc, ExceptionGroup)
     assert [str(each) for each in exc.exceptions] == ["lost"]
-    cleaning = Cleaning(absorb=True, failure=Boom("on the way out"))
-    exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_timeout()))
-    assert repr(exc) == "Boom('on the way out')"
 
 
 @in_each_loop
-def test_a_group_in_the_manager_that_is_cancelled_after_a_child_failed_raises_the_failure(
+def test_a_failure_of_a_manager_that_heard_of_a_cancel_is_not_lost(
     run_in: Callable[[Any], BaseException | None],
 ) -> None:
-    """As asyncio has it, whether the cancel is absorbed or not."""
-    cleaning = Cleaning(absorb=False)
-    exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_group()))
-    assert isinstance(exc, ExceptionGroup)
-    assert [str(each) for each in exc.exceptions] == ["lost"]
+    cleaning = Cleaning(absorb=True, failure=Boom("on the way out"))
+    exc = run_in(cancel_while_it_is_left(cleaning, cleaning.with_a_timeout()))
+    assert repr(exc) == "Boom('on the way out')"
 
 
 @in_each_loop

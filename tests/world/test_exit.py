@@ -816,7 +816,7 @@ if __name__ == "__main__":
 
     # What a shell starts in the background ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with unsync.map(hold, ["first", "second"], chunksize=1) as stream:
+    with unsync.map(hold, NAMES, chunksize=SIZE) as stream:
         next(iter(stream))
         until = time.monotonic() + 60
         while not Path("second").exists():
@@ -826,34 +826,24 @@ if __name__ == "__main__":
 
 
 @posix_only
-def test_it_says_that_it_waits_for_the_chunks_of_a_stream_that_was_left(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(LEFT_STREAM)
-    with subprocess.Popen(
-        [sys.executable, "program.py"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    ) as process:
-        assert process.stderr is not None
-        waits = "unsync: the exit waits for 1 call of hold() (Ctrl-C ends the wait)\n"
-        assert process.stderr.readline() == waits
-        process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
-    assert (errors, process.returncode) == ("unsync: the exit lost 1 call of hold()\n", 0)
-
-
-@posix_only
-def test_it_counts_the_calls_in_the_chunks_of_a_stream(tmp_path: Path) -> None:
-    program = LEFT_STREAM.replace('["first", "second"], chunksize=1', "NAMES, chunksize=5").replace(
-        "if __name__", 'NAMES = ["first"] * 5 + ["second"] * 5\n\nif __name__', 1
-    )
+@pytest.mark.parametrize(
+    ("names", "size", "lost"),
+    [('["first", "second"]', 1, "1 call"), ('["first"] * 5 + ["second"] * 5', 5, "5 calls")],
+)
+def test_it_counts_the_calls_in_the_chunks_of_a_stream_that_was_left(
+    tmp_path: Path, names: str, size: int, lost: str
+) -> None:
+    program = LEFT_STREAM.replace("NAMES", names).replace("SIZE", str(size))
     (tmp_path / "program.py").write_text(program)
     with subprocess.Popen(
         [sys.executable, "program.py"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
     ) as process:
         assert process.stderr is not None
-        waits = "unsync: the exit waits for 5 calls of hold() (Ctrl-C ends the wait)\n"
+        waits = f"unsync: the exit waits for {lost} of hold() (Ctrl-C ends the wait)\n"
         assert process.stderr.readline() == waits
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
-    assert (errors, process.returncode) == ("unsync: the exit lost 5 calls of hold()\n", 0)
+    assert (errors, process.returncode) == (f"unsync: the exit lost {lost} of hold()\n", 0)
 
 
 INTERRUPTED = """
