@@ -172,6 +172,16 @@ def may_be_reentered(kind: type[asyncio.AbstractEventLoop]) -> bool | None:
 # wait for ever. Who drains leaves them alone.
 apart: WeakSet[Unfuture[Any]] = WeakSet()
 
+# Not asked for each time: that is a system call.
+process = os.getpid()
+
+
+def after_fork() -> None:
+    """In the child: what was made before is the parent's."""
+    global process
+    process = os.getpid()
+
+
 # Set by the exit handlers, before they break what still runs.
 exiting = False
 

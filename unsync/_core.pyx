@@ -98,7 +98,6 @@ from unsync._common import (
     would_block_error,
     would_deadlock_error,
 )
-from unsync._views import after_fork as views_after_fork
 from unsync._views import asyncio_view, concurrent_view
 
 cdef extern from *:
@@ -481,7 +480,6 @@ def after_fork():
     _generation += 1
     _fork_lock = threading.RLock()
     this_worker = NULL  # its queue has no workers here
-    views_after_fork()
 
 
 # For the usual kind of task, asked without looking the methods up.
@@ -1597,9 +1595,7 @@ cpdef tell_watcher(Unfuture unfuture):
 
 def when_told(Unfuture unfuture not None, function):
     """The same, but when whoever waits has been told, in turn with the callbacks of others."""
-    cdef _Callback callback = callback_of(function, None, None)
-    add_callback(unfuture, callback)
-    return callback
+    add_callback(unfuture, callback_of(function, None, None))
 
 
 cdef bint add_callback(Unfuture unfuture, _Callback callback) except -1:

@@ -121,7 +121,6 @@ from unsync._common import (
     would_block_error,
     would_deadlock_error,
 )
-from unsync._views import after_fork as views_after_fork
 from unsync._views import asyncio_view, concurrent_view
 
 if TYPE_CHECKING:
@@ -256,7 +255,6 @@ def after_fork() -> None:
     _generation += 1
     _fork_lock = threading.RLock()
     _this.worker = None  # its queue has no workers here
-    views_after_fork()
 
 
 def watch_calls(watcher: Watcher | None) -> None:
@@ -1096,11 +1094,9 @@ def tell_watcher(unfuture: Unfuture[Any]) -> None:
         _context_for(unfuture)
 
 
-def when_told(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> _Callback:
+def when_told(unfuture: Unfuture[T], function: Callable[[Unfuture[T]], object]) -> None:
     """The same, but when whoever waits has been told, in turn with the callbacks of others."""
-    callback = _Callback(function, None, None)
-    _add_callback(unfuture, callback)
-    return callback
+    _add_callback(unfuture, _Callback(function, None, None))
 
 
 def _add_callback(unfuture: Unfuture[Any], callback: _Callback) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from unsync import _common
 from unsync._common import (
     CANCELLED,
     FAILED,
@@ -38,20 +39,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The core's ways to be told, in the thread that finishes it: before whoever waits, and after. Both
-# give what `NoMore` takes out again.
+# The core's ways to be told, in the thread that finishes it: before whoever waits, and after. The
+# first gives what `NoMore` takes out again.
 WhenDone = Callable[["Unfuture[Any]", Callable[["Unfuture[Any]"], object]], object]
 NoMore = Callable[["Unfuture[Any]", Any], None]
 
-# How many forks are above this process, and a lock for who finds that there has been one.
-_generation = 0
+# For who finds that there has been a fork.
 _fork_lock = threading.RLock()
 
 
 def after_fork() -> None:
     """Run in the child."""
-    global _generation, _fork_lock
-    _generation += 1
+    global _fork_lock
     _fork_lock = threading.RLock()
 
 
@@ -212,7 +211,7 @@ class _ConcurrentView(concurrent.futures.Future[T]):
     _pool_wait: PoolWait
     _when_told: WhenDone
     _teller: _Teller | None = None
-    _generation: int = 0
+    _process: int = 0  # it is in, as far as it knows
     # Whether it is held until it has called its callbacks. Who does has a mark in `__dict__`.
     _is_held: bool = False
 
@@ -221,7 +220,7 @@ class _ConcurrentView(concurrent.futures.Future[T]):
 
         @property
         def _condition(self) -> threading.Condition:
-            if self._generation != _generation:
+            if self._process != _common.process:
                 self._disown()
             return self.__dict__["_condition"]
 
@@ -232,11 +231,11 @@ class _ConcurrentView(concurrent.futures.Future[T]):
     def _disown(self) -> None:
         """In a forked child: what its Unfuture has become there; who waited is with the parent."""
         with _fork_lock:
-            if self._generation != _generation:
+            if self._process != _common.process:
                 # A thread of the parent may have been in the middle of it.
                 self._condition = threading.Condition()
                 self._waiters = WaiterList(self._pool_wait)
-                self._generation = _generation
+                self._process = _common.process
         if self._unfuture.done():
             self.follow()
 
@@ -376,7 +375,7 @@ def concurrent_view(
     view._in_worker = in_worker
     view._pool_wait = pool_wait
     view._when_told = when_told
-    view._generation = _generation
+    view._process = _common.process
     view._waiters = WaiterList(pool_wait)
     _follow_or_wait(view, when_done, no_more)
     return view

@@ -8,7 +8,6 @@ thread.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -21,7 +20,7 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast, final
 from unsync import _common
 from unsync._backend import BIND_NOTHING, Launcher, Route, Unfuture, in_home_thread, when_done
 
-__all__ = ["READ_AHEAD", "Stream", "after_fork", "in_ambient_loop", "in_threads"]
+__all__ = ["READ_AHEAD", "Stream", "in_ambient_loop", "in_threads"]
 
 T = TypeVar("T")
 
@@ -30,15 +29,6 @@ READ_AHEAD = 64
 # A loop whose consumer finds values all the time has a turn for others after so many seconds, when
 # what was read ahead has been taken.
 TURN_SECONDS = 0.005
-
-# Not asked for each time: that is a system call.
-_process = os.getpid()
-
-
-def after_fork() -> None:
-    """In the child: streams that were made before are the parent's."""
-    global _process
-    _process = os.getpid()
 
 
 class _Turn:
@@ -75,7 +65,7 @@ class Channel(Generic[T]):
         # Nobody wants more of it. Any thread sets it, once.
         self.closing = False
         # Where it was made: only there is somebody who makes values.
-        self.process = _process
+        self.process = _common.process
 
     def find(self) -> bool | None:
         """Whether there is something to take, which it puts there; None if nobody knows yet.
@@ -114,7 +104,7 @@ class Channel(Generic[T]):
         In a forked child that is the parent's concern: the child must touch nothing of it, since
         threads of the parent may have been at it.
         """
-        if self.process == _process:
+        if self.process == _common.process:
             return self.stop()
         self.closing = True
         self.taken.clear()
@@ -126,7 +116,7 @@ class Channel(Generic[T]):
         :raises BaseException: what ended the stream, once.
         :raises RuntimeError: in a forked child, unless it was closed.
         """
-        if self.process != _process:
+        if self.process != _common.process:
             if self.closing:
                 return False
             raise _common.orphan_error("stream")
@@ -358,7 +348,7 @@ class _Generated(Channel[T]):
             return None
 
     def stops_at_once(self) -> bool:
-        return self.has_ended or self.process != _process
+        return self.has_ended or self.process != _common.process
 
     def stop(self) -> Unfuture[None]:
         """Has the generator closed where it runs; done when that is done."""

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import unsync as package
-from unsync import _common, _travel, executors
+from unsync import _common, _travel, _views, executors
 from unsync._ambient import Ambient, LoopFactory
 from unsync._backend import (
     BIND_CLASS,
@@ -376,10 +376,10 @@ def _after_fork() -> None:
     global _ending, _end
     _ending, _end = threading.RLock(), None
     after_fork()
+    _common.after_fork()
+    _views.after_fork()
     if "_drain" in vars(package):
         package._drain.after_fork()
-    if "streams" in vars(package):
-        package.streams.after_fork()
     _ambient.after_fork()
     _threads.after_fork()
     _processes.pool.after_fork()
