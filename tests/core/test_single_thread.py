@@ -535,11 +535,13 @@ def test_chains_of_calls_hold_no_more_than_the_last(one: SingleThreadExecutor) -
 def test_a_timeout_that_passes_while_a_nested_call_runs(one: SingleThreadExecutor) -> None:
     log = Log()
     never: Unfuture[None] = Unfuture()
-    passed = threading.Event()
+    queued, passed = threading.Event(), threading.Event()
 
     @unsync
     async def calls() -> None:
-        await unsync(nested)()
+        call = unsync(nested)()
+        queued.set()
+        await call
         await never
 
     def nested() -> None:
@@ -548,8 +550,10 @@ def test_a_timeout_that_passes_while_a_nested_call_runs(one: SingleThreadExecuto
         log.note("nested ends")
 
     def impatient() -> None:
+        call = calls()
+        assert queued.wait(PATIENCE)
         with pytest.raises(TimeoutError):
-            calls().result(0.05)
+            call.result(0.05)
         log.note("timeout")
 
     call = one.submit(impatient)

@@ -12,6 +12,7 @@ import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -651,8 +652,9 @@ def test_what_a_scope_cancels_may_shield_its_cleaning_up() -> None:
             cleaned_up.append(name)
 
     @unsync
-    async def coroutine() -> None:
+    async def coroutine(has_begun: Callable[[], object]) -> None:
         try:
+            has_begun()
             await anyio.sleep(PATIENCE)
         finally:
             await clean_up("coroutine")
@@ -666,11 +668,13 @@ def test_what_a_scope_cancels_may_shield_its_cleaning_up() -> None:
             await clean_up("manager")
 
     async def main() -> None:
-        with anyio.move_on_after(0.01) as scope:
-            await coroutine()
+        loop = asyncio.get_running_loop()
+        with anyio.CancelScope() as scope:
+            await coroutine(partial(loop.call_soon_threadsafe, scope.cancel))
         assert scope.cancelled_caught
-        with anyio.move_on_after(0.01) as scope:
+        with anyio.CancelScope() as scope:
             async with manager():
+                scope.cancel()
                 await anyio.sleep(PATIENCE)
         assert scope.cancelled_caught
         assert cleaned_up == ["coroutine", "manager"]
