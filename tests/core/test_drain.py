@@ -10,6 +10,7 @@ import logging
 import queue
 import re
 import threading
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -621,12 +622,22 @@ def test_it_is_over_when_it_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_looks_for_calls_that_wait_for_ever_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    class Apart(weakref.WeakSet[Unfuture[Any]]):
+        def add(self, call: Unfuture[Any]) -> None:
+            super().add(call)
+            added.set()
+
     def look(*_: object) -> bool:
-        names.extend(_backend.name_of_call(each) for each in _common.apart if not each.done())
+        # The loop may come to it before who makes the call says that it is apart.
+        assert added.wait(PATIENCE)
+        names.extend(map(_backend.name_of_call, _common.apart))
         return True
 
+    added = threading.Event()
     names: list[str | None] = []
+    monkeypatch.setattr(_common, "apart", Apart())
     monkeypatch.setattr(_common, "_waits_for_ever", look)
+    monkeypatch.setattr(_common, "LOOK_AGAIN_SECONDS", PATIENCE)
     assert _common.waits_for_ever(Unfuture, {}, [])
     assert names == ["waits_for_ever.<locals>.look"]
 
